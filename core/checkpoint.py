@@ -1,0 +1,216 @@
+"""The checkpoint format: clean weights plus plain facts; atomic to write, safe to read.
+
+``epoch_0200.pth`` holds what later steps need: ``{"format", "version", "facts", "model"}``, plain
+tensors and plain values, readable with ``weights_only=True``. ``resume.pth`` holds what only the
+same training needs. Nothing here ever unpickles code.
+"""
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import errno
+import os
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from core.errors import InputError
+
+FORMAT = "transfer-suite checkpoint"
+VERSION = 1
+SAFE_CLASSES = [argparse.Namespace, collections.OrderedDict]
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a checkpoint says of itself; everything a later step would otherwise have to guess."""
+
+    arch: str  # a key of core.resnet.ARCHITECTURES
+    num_classes: int
+    method: str  # "random", "ce", "ctc"
+    epoch: int  # epochs finished; 0 is the initialisation
+    seed: int
+    dataset: str
+    image_size: int  # side of the training crop, pixels
+    mean: tuple[float, float, float]  # of RGB in 0..1
+    std: tuple[float, float, float]
+    channel_order: str = "RGB"
+    stride_in_1x1: bool = False  # torchvision's convention: the stride stands in the 3×3
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)  # the resolved pretrain config
+    code: str = ""  # git commit
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    facts: Facts
+    model: dict[str, Tensor]  # torchvision key names
+    path: Path
+
+
+def save_checkpoint(path: str | Path, model: dict[str, Tensor], facts: Facts) -> None:
+    """Write weights and facts atomically; keys are cleaned of wrapper prefixes, tensors are on CPU.
+
+    Raises:
+        ValueError: a weight is not finite (nothing is written).
+        InputError: the disk is full (an older file of that name stays as it was).
+    """
+    clean = {}
+    for key, value in model.items():
+        key = key.removeprefix("module.").removeprefix("_orig_mod.")
+        clean[key] = value.detach().to("cpu", copy=True).contiguous()
+    assert_finite(clean)
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "facts": dataclasses.asdict(facts),
+        "model": clean,
+    }
+    save_atomically(content, path)
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read one of our checkpoints.
+
+    Raises:
+        InputError: missing, truncated, not ours, holds code, or of a newer version.
+    """
+    path = Path(path)
+    content = load_plain(path)
+    if not is_ours(content):
+        raise InputError(
+            f"{path} is not a checkpoint of this suite; a foreign one enters through "
+            "tools/convert_to_d2.py"
+        )
+    if content["version"] > VERSION:
+        raise InputError(f"{path} has version {content['version']}, newer than {VERSION}: update")
+    names = {field.name for field in dataclasses.fields(Facts)}
+    facts = {key: value for key, value in content["facts"].items() if key in names}
+    facts["mean"], facts["std"] = tuple(facts["mean"]), tuple(facts["std"])
+    return Checkpoint(Facts(**facts), content["model"], path)
+
+
+def is_ours(content: Any) -> bool:
+    """Whether an object read from a file has this suite's checkpoint format."""
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def load_plain(path: str | Path, map_location: str | torch.device = "cpu") -> Any:
+    """Read a ``.pth`` of tensors and plain values; code in a pickle is refused, never run.
+
+    Raises:
+        InputError: missing, truncated or corrupt (checksums are checked), or holding code.
+    """
+    path = Path(path)
+    verify_file(path)
+    try:
+        with torch.serialization.safe_globals(SAFE_CLASSES):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" in str(error) or "Unsupported" in str(error) or "weights_only" in str(error):
+            raise InputError(
+                f"{path} holds code or foreign objects besides tensors, which is never loaded "
+                f"({_offender(error)}); save it again as a plain state_dict"
+            ) from None
+        raise InputError(f"{path} is damaged or no torch checkpoint: {error}") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path} is damaged or no torch checkpoint: {reason}") from None
+
+
+def verify_file(path: str | Path) -> None:
+    """Check that a file exists, is not empty and, for zip-format files, that every checksum holds.
+
+    Raises:
+        InputError: it does not.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} does not exist" if not path.exists() else f"{path} is no file")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path} is empty")
+    with path.open("rb") as file:
+        is_zip = file.read(2) == b"PK"
+    if not is_zip:
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError):
+        raise InputError(f"{path} is truncated: copy or save it again") from None
+    if bad is not None:
+        raise InputError(f"{path} is corrupt (checksum of {bad} is wrong): copy or save it again")
+
+
+def save_atomically(content: Any, path: str | Path) -> None:
+    """``torch.save`` to a temporary file beside ``path``, flushed to disk, then renamed over it."""
+    with atomic_file(path) as file:
+        torch.save(content, file)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
+    """Open a temporary file that becomes ``path`` when the block ends without an error.
+
+    Raises:
+        InputError: the disk is full or not writable; the older file stays as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(f"no space left to write {path}; the older file is intact") from None
+        raise
+    except BaseException as error:
+        Path(temporary).unlink(missing_ok=True)
+        if "PytorchStreamWriter" in str(error) or "file write failed" in str(error):
+            raise InputError(f"{path} could not be written; is the disk full?") from None
+        raise
+
+
+def newest_valid(paths: list[Path], read: Callable[[Path], Any]) -> tuple[Path, Any] | None:
+    """Return the first of ``paths`` (newest first) that reads without an error, and its content."""
+    for path in paths:
+        try:
+            return path, read(path)
+        except InputError:
+            continue
+    return None
+
+
+def assert_finite(model: dict[str, Tensor]) -> None:
+    """Raise ValueError, naming the tensor, if a floating tensor holds NaN or infinity."""
+    for key, value in model.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{key} is not finite; nothing was saved")
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _offender(error: Exception) -> str:
+    for word in str(error).replace("`", " ").split():
+        if "." in word and not word.startswith(("torch.load", "torch.serialization")):
+            return word.strip("[],;:'\"()")
+    return "unknown object"

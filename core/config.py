@@ -1,0 +1,223 @@
+"""Typed configurations: dataclass schema, YAML differences over ``_BASE_``, ``KEY VALUE``.
+
+A schema is a tree of dataclasses in which every key is declared once, with its type and default.
+A YAML file holds only differences, over its ``_BASE_`` file if it names one. The command line
+adds ``KEY VALUE`` pairs (detectron2's grammar). The result is checked and cannot be changed.
+"""
+
+import dataclasses
+import difflib
+import os
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from core.errors import InputError as InputError  # re-exported: report may import only this module
+
+T = TypeVar("T")
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG_DIR = ROOT / "configs"
+BASE_KEY = "_BASE_"
+
+
+def find_config(name: str | Path, folder: str = "") -> Path:
+    """Return the file that ``name`` means: the path as given, or else under ``configs/``.
+
+    Raises:
+        InputError: neither exists; the sentence names the nearest files that do.
+    """
+    candidates = [Path(name).expanduser(), CONFIG_DIR / name, CONFIG_DIR / folder / name]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    known = [str(p.relative_to(CONFIG_DIR)) for p in sorted(CONFIG_DIR.rglob("*.yaml"))]
+    raise InputError(
+        f"config {str(name)!r} is neither a file here nor under {CONFIG_DIR}{_nearest(str(name), known)}"
+    )
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read one YAML mapping, without ``_BASE_`` resolution; YAML tags are refused, never executed.
+
+    Raises:
+        InputError: unreadable, not YAML, a YAML tag, a repeated key, or not a mapping.
+    """
+    path = Path(path)
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except yaml.constructor.ConstructorError as error:
+        where = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
+        raise InputError(f"{path}{where}: {error.problem}; only plain YAML is accepted") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as a YAML text file: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise InputError(f"{path} must hold KEY: VALUE pairs, not a {type(content).__name__}")
+    return content
+
+
+def read_with_bases(path: str | Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Return the chain of files that a config stands on, the most basic first."""
+    chain: list[tuple[Path, dict[str, Any]]] = []
+    current: Path | None = Path(path)
+    while current is not None:
+        if any(current.resolve() == seen.resolve() for seen, _ in chain):
+            raise InputError(f"{current} is its own {BASE_KEY}: remove the circle")
+        content = read_yaml(current)
+        base = content.pop(BASE_KEY, None)
+        chain.append((current, content))
+        if base is None:
+            break
+        following = current.parent / os.path.expanduser(str(base))
+        if not following.is_file():
+            raise InputError(f"{current}: {BASE_KEY} {str(base)!r} is not a file beside it")
+        current = following
+    return chain[::-1]
+
+
+def load_config(
+    schema: type[T], path: str | Path | None = None, overrides: Sequence[str] = (), folder: str = ""
+) -> T:
+    """Return a frozen ``schema`` instance: defaults, then the YAML chain, then ``KEY VALUE`` pairs.
+
+    Args:
+        schema: a (frozen) dataclass whose fields are plain values, lists or further dataclasses.
+        path: a YAML file as given or under ``configs/`` (or ``configs/folder``); None for defaults.
+        overrides: alternating dotted keys and YAML values, ``["optim.lr", "0.1"]``.
+
+    Raises:
+        InputError: unknown key (names the nearest), wrong type, odd number of overrides.
+    """
+    config = _unlocked(OmegaConf.structured(schema))
+    if path is not None:
+        for file, content in read_with_bases(find_config(path, folder)):
+            config = _merge(config, schema, content, str(file))
+    if len(overrides) % 2:
+        raise InputError(
+            f"overrides come in KEY VALUE pairs, but {overrides[-1]!r} has no value; "
+            "write for example: optim.lr 0.1"
+        )
+    for key, text in zip(overrides[::2], overrides[1::2], strict=True):
+        try:
+            value = yaml.load(text, Loader=_StrictLoader)
+        except yaml.YAMLError:
+            value = text
+        nested: dict[str, Any] = {}
+        node = nested
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+        config = _merge(config, schema, nested, f"override {key!r}")
+    try:
+        return typing.cast(T, OmegaConf.to_object(config))
+    except OmegaConfBaseException as error:
+        raise InputError(_first_line(error)) from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a config as plain nested dicts, lists, strings and numbers (fit for YAML and JSON)."""
+    return dataclasses.asdict(config)
+
+
+def save_config(config: Any, path: str | Path) -> None:
+    """Write the resolved config as YAML; loading it again gives an equal config."""
+    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+
+
+def schema_keys(schema: type, prefix: str = "") -> Iterator[str]:
+    """Yield every dotted key that a schema declares."""
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        name = prefix + field.name
+        yield name
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from schema_keys(typing.cast(type, hints[field.name]), name + ".")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """``yaml.safe_load`` that also refuses a repeated key and reads ``1e-4`` as a number."""
+
+
+def _mapping_without_repeats(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        if key in seen:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {key!r} stands twice", key_node.start_mark
+            )
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping_without_repeats)
+_StrictLoader.add_implicit_resolver(  # YAML 1.1 reads 1e-4 as a string, which no one means
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _unlocked(node: Any) -> Any:
+    """Lift the read-only flags of frozen dataclasses while the config is being put together."""
+    OmegaConf.set_readonly(node, None)
+    for key in node:
+        if not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node[key]):
+            _unlocked(node[key])
+    return node
+
+
+def _merge(config: Any, schema: type, content: dict[str, Any], where: str) -> Any:
+    known = set(schema_keys(schema))
+    for key in _dotted_keys(content):
+        if key not in known and not _inside_free_dict(schema, key):
+            raise InputError(f"{where}: unknown key {key!r}{_nearest(key, sorted(known))}")
+    try:
+        return OmegaConf.merge(config, content)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "value"
+        raise InputError(f"{where}: {key}: {_first_line(error)}") from None
+
+
+def _dotted_keys(content: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        yield name
+        if isinstance(value, dict):
+            yield from _dotted_keys(value, name + ".")
+
+
+def _inside_free_dict(schema: type, key: str) -> bool:
+    """Whether a dotted key lies below a field that is declared as a plain dict or Any."""
+    hint: Any = schema
+    for part in key.split("."):
+        if not dataclasses.is_dataclass(hint):
+            return hint is Any or typing.get_origin(hint) in (dict, list)
+        hints = typing.get_type_hints(hint)
+        if part not in hints:
+            return False
+        hint = hints[part]
+    return True
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    by_last = {k.rsplit(".", 1)[-1]: k for k in known}
+    close = difflib.get_close_matches(name, known, n=2, cutoff=0.5) or [
+        by_last[k] for k in difflib.get_close_matches(name.rsplit(".", 1)[-1], by_last, n=2)
+    ]
+    return f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
