@@ -25,7 +25,7 @@ from core.errors import InputError
 
 FORMAT = "transfer-suite checkpoint"
 VERSION = 1
-SAFE_CLASSES = [argparse.Namespace, collections.OrderedDict]
+SAFE_CLASSES: list[Any] = [argparse.Namespace, collections.OrderedDict]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,8 +169,8 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
         _sync_folder(path.parent)
     except OSError as error:
         Path(temporary).unlink(missing_ok=True)

@@ -7,7 +7,6 @@ adds ``KEY VALUE`` pairs (detectron2's grammar). The result is checked and canno
 
 import dataclasses
 import difflib
-import os
 import re
 import typing
 from collections.abc import Iterator, Sequence
@@ -38,9 +37,8 @@ def find_config(name: str | Path, folder: str = "") -> Path:
         if candidate.is_file():
             return candidate
     known = [str(p.relative_to(CONFIG_DIR)) for p in sorted(CONFIG_DIR.rglob("*.yaml"))]
-    raise InputError(
-        f"config {str(name)!r} is neither a file here nor under {CONFIG_DIR}{_nearest(str(name), known)}"
-    )
+    hint = _nearest(str(name), known)
+    raise InputError(f"config {str(name)!r} is neither a file here nor under {CONFIG_DIR}{hint}")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -78,7 +76,7 @@ def read_with_bases(path: str | Path) -> list[tuple[Path, dict[str, Any]]]:
         chain.append((current, content))
         if base is None:
             break
-        following = current.parent / os.path.expanduser(str(base))
+        following = current.parent / Path(str(base)).expanduser()
         if not following.is_file():
             raise InputError(f"{current}: {BASE_KEY} {str(base)!r} is not a file beside it")
         current = following
@@ -152,7 +150,7 @@ class _StrictLoader(yaml.SafeLoader):
 def _mapping_without_repeats(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node, deep=True)
         if key in seen:
             raise yaml.constructor.ConstructorError(
                 None, None, f"key {key!r} stands twice", key_node.start_mark

@@ -147,7 +147,9 @@ def code_version() -> str:
     """Return the checkout's git commit, with "+dirty" where tracked files differ; "" without git."""
     try:
         git = ["git", "-C", str(ROOT)]
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
+        )
         if head.returncode:
             return ""
         status = [*git, "status", "--porcelain", "--untracked-files=no"]
