@@ -1,0 +1,53 @@
+"""Seeds and orders from integer arithmetic alone: the same on every machine, worker and version."""
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+_MASK = (1 << 64) - 1
+_STEP = 0x9E3779B97F4A7C15  # splitmix64's increment: 2^64 / golden ratio
+_FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # and its two multipliers
+
+
+def mixed(*numbers: int) -> int:
+    """Return a 64-bit hash of integers in which every input bit moves every output bit.
+
+    The finaliser of splitmix64 (Steele, Lea, Flood, OOPSLA 2014), folded over the numbers.
+    """
+    state = 0
+    for number in numbers:
+        state = (state + number + _STEP) & _MASK
+        state = ((state ^ (state >> 30)) * _FIRST) & _MASK
+        state = ((state ^ (state >> 27)) * _SECOND) & _MASK
+        state ^= state >> 31
+    return state
+
+
+def mixed_array(numbers: tuple[int, ...], last: np.ndarray) -> np.ndarray:
+    """Return ``mixed(*numbers, last[i])`` for every i, as uint64 of last's shape."""
+    state = np.uint64((mixed(*numbers) + _STEP) & _MASK) + last.astype(np.uint64)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(_FIRST)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(_SECOND)
+    return state ^ (state >> np.uint64(31))
+
+
+def shuffled(n: int, *seed: int) -> np.ndarray:
+    """Return a permutation of 0..n-1 that depends on the seed numbers only (not on numpy's)."""
+    return np.argsort(mixed_array(seed, np.arange(n)), kind="stable")
+
+
+@contextlib.contextmanager
+def torch_seeded(*numbers: int) -> Iterator[None]:
+    """Run a block under torch's CPU generator seeded with ``numbers``; its state then returns.
+
+    Only the CPU generator is touched: ``torch.manual_seed`` would queue a call for every GPU.
+    """
+    generator = torch.default_generator
+    before = generator.get_state()
+    generator.manual_seed(mixed(*numbers) >> 1)
+    try:
+        yield
+    finally:
+        generator.set_state(before)
