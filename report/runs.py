@@ -1,0 +1,119 @@
+"""Run folders as a report reads them: rows, curves, config, detections; nothing is required."""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from core.config import InputError
+from core.results import ResultRow, read_rows
+
+ROWS, LOG, METRICS = "results.jsonl", "log.jsonl", "metrics.json"
+DETECTIONS = ("coco_instances_results.json", "inference/coco_instances_results.json")
+CONFIGS = ("config.yaml", "config.json")
+SET_ASIDE = re.compile(r"\.old\d+$")  # a folder that the suite has set aside
+
+Curve = list[tuple[float, float]]  # (x, value), ascending in x
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run folder; what it lacks is empty or None."""
+
+    path: Path
+    rows: tuple[ResultRow, ...]
+    pretrain: dict[str, Curve]  # from log.jsonl: "loss", "loss_ce", … over iterations
+    detection: dict[str, Curve]  # from metrics.json: "total_loss", …
+    config: str  # the resolved config, as text
+    dataset: dict[str, Any] | None  # {"json", "images", "classes"} of the evaluated images
+    detections: Path | None  # coco_instances_results.json
+
+    @property
+    def init(self) -> str:
+        """Return the initialisation: from the rows, else from a folder named ``<init>-s<seed>``."""
+        if self.rows:
+            return self.rows[0].init
+        return self.path.name.rsplit("-s", 1)[0]
+
+    @property
+    def seed(self) -> int | None:
+        """Return the seed: from the rows, else from the folder's name."""
+        if self.rows:
+            return self.rows[0].seed
+        match = re.search(r"-s(\d+)$", self.path.name)
+        return int(match[1]) if match else None
+
+
+def find_runs(folders: Iterable[str | Path]) -> list[Run]:
+    """Return every run in or below ``folders``; set-aside ones (``*.old1``) are left out.
+
+    Raises:
+        InputError: a folder does not exist, or none of them holds a run.
+    """
+    paths: dict[Path, None] = {}
+    roots = [Path(folder) for folder in folders]
+    for folder in roots:
+        if not folder.is_dir():
+            raise InputError(f"run folder {folder} does not exist")
+        for name in (ROWS, LOG, METRICS):
+            for file in sorted(folder.rglob(name)):
+                inner = file.parent.relative_to(folder).parts
+                if not any(SET_ASIDE.search(part) for part in inner):
+                    paths[file.parent] = None
+    if not paths:
+        places = ", ".join(map(str, roots))
+        raise InputError(f"no {ROWS}, {LOG} or {METRICS} in or below {places}: no runs to report")
+    return [read_run(path) for path in sorted(paths)]
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read one run folder."""
+    path = Path(folder)
+    rows = tuple(read_rows(path / ROWS)) if (path / ROWS).is_file() else ()
+    config = next((path / name for name in CONFIGS if (path / name).is_file()), None)
+    return Run(
+        path=path,
+        rows=rows,
+        pretrain=read_curves(path / LOG),
+        detection=read_curves(path / METRICS),
+        config=config.read_text(encoding="utf-8", errors="replace") if config else "",
+        dataset=_read_dataset(path / "dataset.json"),
+        detections=next((path / name for name in DETECTIONS if (path / name).is_file()), None),
+    )
+
+
+def read_curves(path: Path) -> dict[str, Curve]:
+    """Read a JSON-lines log into one curve per key over ``iteration``.
+
+    A resumed run repeats iterations: the later line counts. Unfinished lines and values that are
+    not finite numbers are skipped.
+    """
+    if not path.is_file():
+        return {}
+    points: dict[str, dict[float, float]] = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            content = json.loads(line)
+            x = float(content["iteration"])
+        except (ValueError, TypeError, KeyError):
+            continue
+        for key, value in content.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if key != "iteration" and number and math.isfinite(value):
+                points.setdefault(key, {})[x] = float(value)
+    return {key: sorted(curve.items()) for key, curve in points.items()}
+
+
+def _read_dataset(path: Path) -> dict[str, Any] | None:
+    """Return what dataset.json says, None where it is missing or not of the expected form."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    complete = isinstance(content, dict) and {"json", "images"} <= content.keys()
+    return content if complete else None

@@ -1,0 +1,355 @@
+"""Tables from result rows: mean ± std over seeds, Δ to a baseline, published numbers beside them.
+
+Only rows of equal step, protocol, dataset, split and selection share a table; only rows of equal
+initialisation, pretraining epoch, recipe and code share a mean. Nothing here reads a file.
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Iterable, Sequence
+
+from core.results import ResultRow, latest
+from report.reference import PublishedTable, Reference, Value, load_reference
+
+DETECTION_COLUMNS = (  # Table 5's columns
+    "bbox/AP", "bbox/AP50", "bbox/AP75", "segm/AP", "segm/AP50", "segm/AP75",
+)  # fmt: skip
+FAMILIES = {"bbox": "bbox", "segm": "mask", "keypoints": "keypoint"}
+PLAIN_NAMES = {
+    "top1": "top-1",
+    "nmi": "NMI",
+    "recall@1": "Recall@1",
+    "mi_xt": "I(X;T)",
+    "mi_ty": "I(T;Y)",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a table should show; the defaults suit rows of unknown origin."""
+
+    baseline: str = "ce"  # the initialisation that every Δ refers to
+    order: tuple[str, ...] = ()  # initialisations first to last; others follow as they appear
+    labels: dict[str, str] = dataclasses.field(default_factory=dict)  # initialisation → label
+    columns: tuple[str, ...] = ()  # metrics; empty: Table 5's for detection, all for the rest
+    references: tuple[str, ...] = ()  # published tables by name that may stand beside; empty: any
+    expected: dict[str, int] = dataclasses.field(default_factory=dict)  # init → trials planned
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One mean: its value, sample standard deviation (None for one trial), trials and Δ."""
+
+    mean: float | None
+    std: float | None
+    trials: tuple[tuple[int, float], ...]  # (seed, value)
+    delta: float | None = None  # mean − the baseline's mean; None for the baseline itself
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One initialisation, measured: a row of the table."""
+
+    init: str
+    label: str
+    cells: dict[str, Cell]
+    seeds: tuple[int, ...]
+    rows: tuple[ResultRow, ...]  # what it was made of
+    marks: tuple[int, ...] = ()  # numbers of its footnotes
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedLine:
+    """A published row fitted to the table's columns."""
+
+    init: str
+    label: str
+    values: dict[str, Value]
+    source: str
+    pretraining: str
+    marks: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A finished table; ``footnotes`` are numbered from 1, ``notes`` belong to it as a whole."""
+
+    step: str
+    protocol: str
+    dataset: str
+    split: str
+    selection: str
+    unit: str
+    columns: tuple[str, ...]
+    lines: tuple[Line, ...]
+    published: tuple[PublishedLine, ...]
+    footnotes: tuple[str, ...]
+    notes: tuple[str, ...]
+    baseline: str
+
+    @property
+    def title(self) -> str:
+        """Return the protocol and the data in words."""
+        return f"{self.protocol} on {self.dataset} ({self.split})"
+
+    @property
+    def delta_columns(self) -> tuple[str, ...]:
+        """Return the metrics that get a Δ column of their own: the APs, or else all."""
+        main = tuple(column for column in self.columns if column.endswith("/AP"))
+        return main or self.columns
+
+    @property
+    def decimals(self) -> int:
+        """Return 2 where a spread is known, else 1 (published tables give 1)."""
+        cells = (cell for line in self.lines for cell in line.cells.values())
+        return 2 if any(cell.std is not None for cell in cells) else 1
+
+
+class _Footnotes:
+    """Numbers sentences from 1; the same sentence keeps its number."""
+
+    def __init__(self) -> None:
+        self.sentences: list[str] = []
+
+    def mark(self, sentence: str) -> int:
+        if sentence not in self.sentences:
+            self.sentences.append(sentence)
+        return self.sentences.index(sentence) + 1
+
+
+def build_tables(
+    rows: Iterable[ResultRow], options: Options | None = None, reference: Reference | None = None
+) -> list[Table]:
+    """Return one table per (step, protocol, dataset, split, selection), in order of appearance.
+
+    Args:
+        rows: any rows; of repeated measurements the newest counts.
+        options: order, baseline, columns; None for the defaults.
+        reference: published tables; None for ``reference.yaml``.
+    """
+    options = options or Options()
+    reference = reference or load_reference()
+    groups: dict[tuple[str, ...], list[ResultRow]] = {}
+    for row in latest(rows):
+        key = (row.step, row.protocol, row.dataset, row.split, row.selection)
+        groups.setdefault(key, []).append(row)
+    return [_table(group, options, reference) for group in groups.values()]
+
+
+def heading(metric: str, columns: Sequence[str] = ()) -> str:
+    """Return a metric's column heading; AP50 stands alone where its family's AP is beside it."""
+    family, slash, name = metric.partition("/")
+    if not slash or family not in FAMILIES:
+        return PLAIN_NAMES.get(metric, metric)
+    if name != "AP" and f"{family}/AP" in columns:
+        return name
+    return f"{name}^{FAMILIES[family]}"
+
+
+def recipe_of(row: ResultRow) -> str:
+    """Return what tells two recipes of one protocol apart (its overrides), "" for the plain one."""
+    recipe = row.details.get("recipe", "")
+    return recipe if isinstance(recipe, str) else ""
+
+
+def _table(rows: list[ResultRow], options: Options, reference: Reference) -> Table:
+    first = rows[0]
+    columns = options.columns or _default_columns(rows)
+    footnotes = _Footnotes()
+    lines = _sorted(_lines(rows, columns, options, footnotes), options.order)
+    lines = [_with_delta(line, lines, columns, options.baseline, footnotes) for line in lines]
+    lines = _note_trials(lines, options, footnotes)
+    published, why_not = _published(first, columns, options, reference, footnotes)
+    notes = []
+    if not any(line.init == options.baseline for line in lines):
+        notes.append(f"No Δ: the baseline {options.baseline!r} has no rows here.")
+    if any(len(line.seeds) > 1 for line in lines):
+        notes.append("Mean ± sample standard deviation over seeds.")
+    elif lines:
+        notes.append("One trial per row: the spread over seeds is not known.")
+    notes += reference.protocol_notes.get((first.dataset, first.protocol), ())
+    if why_not:
+        notes.append(why_not)
+    return Table(
+        step=first.step,
+        protocol=first.protocol,
+        dataset=first.dataset,
+        split=first.split,
+        selection=first.selection,
+        unit=first.unit,
+        columns=tuple(columns),
+        lines=tuple(lines),
+        published=published,
+        footnotes=tuple(footnotes.sentences),
+        notes=tuple(notes),
+        baseline=options.baseline,
+    )
+
+
+def _default_columns(rows: list[ResultRow]) -> tuple[str, ...]:
+    present = list(dict.fromkeys(row.metric for row in rows))
+    if rows[0].step == "detection":
+        families = {metric.split("/")[0] for metric in present}
+        return tuple(c for c in DETECTION_COLUMNS if c.split("/")[0] in families) or tuple(present)
+    return tuple(present)
+
+
+def _lines(
+    rows: list[ResultRow], columns: Sequence[str], options: Options, footnotes: _Footnotes
+) -> list[Line]:
+    """Group rows by what may share a mean, and mark what tells the groups apart."""
+    groups: dict[tuple[str, int | None, str, str], list[ResultRow]] = {}
+    for row in rows:
+        key = (row.init, row.epoch, recipe_of(row), row.code)
+        groups.setdefault(key, []).append(row)
+    codes = {row.code for row in rows}
+    lines = []
+    for (init, epoch, recipe, code), group in groups.items():
+        label = options.labels.get(init) or init
+        if len({key[1] for key in groups if key[0] == init}) > 1:
+            label += f", epoch {epoch}"
+        marks = []
+        if recipe:
+            marks.append(footnotes.mark(f"Recipe differs from the plain protocol: {recipe}."))
+        if len(codes) > 1:
+            marks.append(
+                footnotes.mark(
+                    f"Measured with code {short_code(code)}; different code is never averaged."
+                )
+            )
+        kept, repeated = _one_per_seed(group)
+        if repeated:
+            seeds = ", ".join(map(str, repeated))
+            marks.append(
+                footnotes.mark(
+                    f"Measured more than once for seed {seeds}: the newest weights count."
+                )
+            )
+        cells = {metric: _mean([r for r in kept if r.metric == metric]) for metric in columns}
+        seeds_seen = tuple(sorted({row.seed for row in kept}))
+        lines.append(Line(init, label, cells, seeds_seen, tuple(kept), tuple(marks)))
+    return lines
+
+
+def _one_per_seed(rows: list[ResultRow]) -> tuple[list[ResultRow], list[int]]:
+    """Keep the rows of the newest weights of each seed; also return the seeds with several."""
+    kept, repeated = [], []
+    for seed in dict.fromkeys(row.seed for row in rows):
+        own = [row for row in rows if row.seed == seed]
+        newest = max(own, key=lambda row: row.time).weights
+        kept += [row for row in own if row.weights == newest]
+        if len({row.weights for row in own}) > 1:
+            repeated.append(seed)
+    return kept, sorted(repeated)
+
+
+def _mean(rows: list[ResultRow]) -> Cell:
+    trials = sorted((row.seed, row.value) for row in rows if row.value is not None)
+    values = [value for _, value in trials]
+    if not values:
+        return Cell(None, None, ())
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return Cell(statistics.fmean(values), std, tuple(trials))
+
+
+def _sorted(lines: list[Line], order: Sequence[str]) -> list[Line]:
+    rank = {init: position for position, init in enumerate(order)}
+    return sorted(lines, key=lambda line: rank.get(line.init, len(rank)))  # stable
+
+
+def _with_delta(
+    line: Line, lines: list[Line], columns: Sequence[str], baseline: str, footnotes: _Footnotes
+) -> Line:
+    """Fill in Δ against the baseline of the same code and recipe, else the last one, marked."""
+    candidates = [other for other in lines if other.init == baseline]
+    if not candidates or line.init == baseline:
+        return line
+    same = [
+        other
+        for other in candidates
+        if other.rows[0].code == line.rows[0].code
+        and recipe_of(other.rows[0]) == recipe_of(line.rows[0])
+    ]
+    base = (same or candidates)[-1]
+    marks = line.marks
+    if not same:
+        marks += (footnotes.mark("Its Δ compares different code or recipes."),)
+    cells = {}
+    for metric in columns:
+        own, other = line.cells[metric], base.cells[metric]
+        known = own.mean is not None and other.mean is not None
+        delta = own.mean - other.mean if known else None  # type: ignore[operator]
+        cells[metric] = dataclasses.replace(own, delta=delta)
+    return dataclasses.replace(line, cells=cells, marks=marks)
+
+
+def _note_trials(lines: list[Line], options: Options, footnotes: _Footnotes) -> list[Line]:
+    """Mark lines with fewer trials than planned; add an empty line where there is none at all."""
+    noted = []
+    for line in lines:
+        total = len({seed for other in lines if other.init == line.init for seed in other.seeds})
+        planned = options.expected.get(line.init, 0)
+        if total < planned:
+            mark = footnotes.mark(f"{total} of {planned} trials so far.")
+            line = dataclasses.replace(line, marks=(*line.marks, mark))
+        noted.append(line)
+    columns = list(lines[0].cells) if lines else []
+    for init, planned in options.expected.items():
+        if planned and not any(line.init == init for line in lines):
+            mark = footnotes.mark("Not measured (yet).")
+            empty = {metric: Cell(None, None, ()) for metric in columns}
+            noted.append(Line(init, options.labels.get(init) or init, empty, (), (), (mark,)))
+    return _sorted(noted, options.order)
+
+
+def _published(
+    row: ResultRow,
+    columns: Sequence[str],
+    options: Options,
+    reference: Reference,
+    footnotes: _Footnotes,
+) -> tuple[tuple[PublishedLine, ...], str]:
+    """Return the published lines of the same protocol, dataset and split, or why there are none."""
+    names = options.references or tuple(reference.tables)
+    tables = [reference.tables[name] for name in names if reference.tables[name].step == row.step]
+    lines = []
+    for table in tables:
+        for published in table.rows:
+            place = (published.protocol, published.dataset, published.split)
+            if not published.protocol or place != (row.protocol, row.dataset, row.split):
+                continue
+            values = {c.metric: v for c, v in zip(table.columns, published.values, strict=True)}
+            marks = (footnotes.mark(f"Published: {published.note}."),) if published.note else ()
+            lines.append(
+                PublishedLine(
+                    published.init,
+                    published.label,
+                    {metric: values.get(metric) for metric in columns},
+                    published.source,
+                    published.pretraining,
+                    marks,
+                )
+            )
+    return tuple(lines), "" if lines else _why_nothing_beside(row, tables)
+
+
+def _why_nothing_beside(row: ResultRow, tables: list[PublishedTable]) -> str:
+    if not tables:
+        return ""
+    known = []
+    for table in tables:
+        where = f"on {table.dataset} ({table.split})" if table.dataset else "on other data"
+        protocol = table.protocol or "a recipe that is not published"
+        known.append(f"{table.title}: {protocol} {where}")
+    return (
+        f"No published numbers stand beside this table: it is {row.protocol} on {row.dataset} "
+        f"({row.split}), they are of another protocol or other data ({'; '.join(known)})."
+    )
+
+
+def short_code(code: str) -> str:
+    """Return a git commit in 8 characters, saying so where the work tree differed from it."""
+    if not code:
+        return "unknown"
+    commit, _, dirty = code.partition("+")
+    return commit[:8] + (" with uncommitted changes" if dirty else "")
