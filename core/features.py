@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -277,8 +276,8 @@ def _check_finite(features: Tensor, dataset: IndexedDataset) -> None:
     if len(bad):
         raise InputError(
             f"{len(bad)} of the {len(features)} features of {dataset.name} {dataset.split} hold "
-            f"NaN or infinity (first: image {int(bad[0])}); are the weights sound, and the mean and "
-            "std those they were trained with?"
+            f"NaN or infinity (first: image {int(bad[0])}); are the weights sound, and the mean "
+            "and std those they were trained with?"
         )
 
 
@@ -293,5 +292,5 @@ def _read_cache(path: Path, total: int) -> Tensor | None:
     return features if len(features) == total else None
 
 
-def _bytes(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
