@@ -1,32 +1,72 @@
-"""The embedded default data, drawn from a seed."""
+"""The embedded default data: seeded scenes, as a classification set and as a COCO set with masks.
+
+Both sets share textures, colours, light and clutter, and no class: the classification set asks for
+shape × texture, the detection set (``write_coco``) for silhouettes that the first does not have.
+n images of S×S pixels.
+"""
 
 import functools
 
-import cv2
 import numpy as np
 
-from core.seeds import mixed, shuffled
+from core import drawing
+from core.drawing import FINE, TEXTURES, TURN, UNIT, Dice
+from core.seeds import shuffled
 
-CLASSES = tuple(f"{s}_{t}" for s in ("disc", "star", "cross", "moon") for t in ("plain", "striped"))
 COUNTS = {"train": 4000, "val": 1000, "test": 1000}
-IMAGE_SIZE = 64
-SEED = 2022
+IMAGE_SIZE = 64  # pixels
+SEED = 2022  # of the data; a run's seed does not touch it
+
+SILHOUETTES: dict[str, np.ndarray] = {
+    "disc": drawing.radial([UNIT] * 32),
+    "triangle": drawing.radial([UNIT] * 3),
+    "square": drawing.radial([UNIT] * 4),
+    "star": drawing.radial([UNIT, UNIT * 2 // 5] * 5),
+    "cross": np.array(
+        [(-320, -960), (320, -960), (320, -320), (960, -320), (960, 320), (320, 320),
+         (320, 960), (-320, 960), (-320, 320), (-960, 320), (-960, -320), (-320, -320)]
+    ),
+}  # fmt: skip
+CLASSES = tuple(f"{texture}_{shape}" for shape in SILHOUETTES for texture in TEXTURES)
 
 
 def labels(split: str) -> np.ndarray:
-    """N int64, equally many of each class, in a fixed shuffled order."""
-    n = COUNTS[split]
-    return shuffled(n, SEED, list(COUNTS).index(split)) % len(CLASSES)
+    """Return N int64 labels in 0..K-1: every class equally often, in a fixed shuffled order."""
+    return shuffled(COUNTS[split], SEED, list(COUNTS).index(split)) % len(CLASSES)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=4)
 def images(split: str, size: int, indices: tuple[int, ...]) -> np.ndarray:
-    """n×S×S×3 uint8 RGB: the images at ``indices`` of a split."""
-    all_labels = labels(split)
-    out = np.zeros((len(indices), size, size, 3), np.uint8)
+    """Return the images at ``indices`` of a split, n×S×S×3 uint8 RGB; kept for this process.
+
+    Image i is a function of (split, i, S) only, whichever others are drawn.
+    """
+    number, label = list(COUNTS).index(split), labels(split)
+    pictures = np.empty((len(indices), size, size, 3), np.uint8)
     for row, index in enumerate(indices):
-        rng = np.random.Generator(np.random.PCG64(mixed(SEED, list(COUNTS).index(split), index)))
-        out[row] = rng.integers(0, 256, 3)
-        centre = tuple(int(v) for v in rng.integers(size // 3, 2 * size // 3, 2))
-        cv2.circle(out[row], centre, size // (4 + int(all_labels[index]) % 4), (255, 255, 255), -1)
-    return out
+        pictures[row] = scene(int(label[index]), size, Dice(SEED, number, index))
+    return pictures
+
+
+def scene(label: int, size: int, dice: Dice) -> np.ndarray:
+    """Draw one object of a class among clutter, S×S×3 uint8 RGB."""
+    shape, pattern = list(SILHOUETTES)[label // len(TEXTURES)], TEXTURES[label % len(TEXTURES)]
+    side = size * FINE
+    canvas = drawing.background(dice, side, side)
+    for _ in range(dice.between(3, 7)):
+        at = (dice.below(side), dice.below(side))
+        drawing.clutter(canvas, dice, at, side * dice.between(5, 14) // 100)
+    radius = side * dice.between(17, 36) // 100
+    margin = radius * 3 // 4
+    centre = (dice.between(margin, side - margin), dice.between(margin, side - margin))
+    angle, aspect = dice.below(TURN), dice.between(12, 21)
+    polygon = drawing.place(SILHOUETTES[shape], centre, radius, aspect, angle)
+    drawing.paint(canvas, polygon, pattern, drawing.colour_pair(dice), dice, radius)
+    for _ in range(dice.below(4)):  # in front of the object, at its rim
+        out, way = radius * dice.between(40, 110) // 100, dice.below(TURN)
+        at = (
+            centre[0] + (out * drawing.cosine(way) >> 14),
+            centre[1] + (out * drawing.sine(way) >> 14),
+        )
+        drawing.clutter(canvas, dice, at, radius * dice.between(20, 50) // 100)
+    return drawing.develop(canvas, dice)

@@ -1,0 +1,249 @@
+"""Pictures from integers: silhouettes, textures, light and clutter, the same on every machine.
+
+All geometry is fixed-point and all randomness ``core.seeds``; OpenCV only fills polygons given in
+integers. A scene is drawn on a canvas of FINE pixels per pixel and side, and reduced at the end,
+which smooths its edges. H×W are fine pixels.
+"""
+
+import math
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+
+from core.seeds import mixed_array
+
+FINE = 2  # fine pixels per pixel and side
+UNIT = 1024  # silhouettes lie within ±UNIT
+SUB = 4  # polygons are given in 2^-SUB fine pixels
+TURN = 256  # directions in a full turn
+LEVELS = 64  # steps of light over an object
+_ONE = 14  # sines are scaled by 2^14
+SINE = np.array([round((1 << _ONE) * math.sin(2 * math.pi * k / TURN)) for k in range(TURN)])
+
+TEXTURES = ("plain", "striped", "dotted", "checked")
+PALETTE = np.array(  # RGB; bright, dark, warm and cold in turn
+    [
+        (230, 57, 70), (29, 53, 87), (244, 162, 97), (42, 157, 143), (233, 196, 106),
+        (94, 84, 142), (241, 250, 238), (69, 123, 157), (188, 108, 37), (96, 108, 56),
+        (255, 175, 204), (53, 80, 112), (181, 23, 158), (76, 201, 240), (33, 37, 41),
+        (144, 190, 109), (249, 65, 68), (205, 180, 219), (255, 183, 3), (0, 95, 115),
+        (224, 225, 221), (120, 0, 0), (2, 48, 71), (202, 210, 197),
+    ]
+)  # fmt: skip
+
+
+class Dice:
+    """Random integers from (seed, …): the same on every machine and every numpy."""
+
+    def __init__(self, *seed: int) -> None:
+        self.seed, self.block, self.left = seed, 0, list[int]()
+
+    def below(self, n: int) -> int:
+        """Return an integer in 0..n-1."""
+        if not self.left:
+            words = mixed_array((*self.seed, self.block), np.arange(128))
+            self.left = (words >> np.uint64(32)).tolist()
+            self.block += 1
+        return (self.left.pop() * n) >> 32
+
+    def between(self, low: int, high: int) -> int:
+        """Return an integer in low..high, both included."""
+        return low + self.below(high - low + 1)
+
+    def chance(self, percent: int) -> bool:
+        """Return true so many times in a hundred."""
+        return self.below(100) < percent
+
+    def noise(self, *shape: int) -> np.ndarray:
+        """Return uint8 noise of a shape, uniform in 0..255."""
+        count = math.prod(shape)
+        words = mixed_array((*self.seed, -1), np.arange((count + 7) // 8))
+        return words.astype("<u8").view(np.uint8)[:count].reshape(shape)
+
+
+def sine(angle: int) -> int:
+    """Return sin(angle / TURN of a full turn) × 2^14."""
+    return int(SINE[angle % TURN])
+
+
+def cosine(angle: int) -> int:
+    """Return cos(angle / TURN of a full turn) × 2^14."""
+    return sine(angle + TURN // 4)
+
+
+def radial(radii: Sequence[int]) -> np.ndarray:
+    """Return the polygon with these radii at equal angles, n×2, the first one upwards."""
+    angles = [TURN * k // len(radii) for k in range(len(radii))]
+    points = [(r * sine(a) >> _ONE, -r * cosine(a) >> _ONE) for r, a in zip(radii, angles)]
+    return np.array(points)
+
+
+def place(
+    silhouette: np.ndarray, centre: tuple[int, int], radius: int, aspect: int, angle: int
+) -> np.ndarray:
+    """Return a silhouette on the canvas: n×2 int32 in 2^-SUB fine pixels.
+
+    Args:
+        silhouette: n×2 within ±UNIT.
+        centre, radius: fine pixels.
+        aspect: width in 1/16 of the height, times 16 (16 is undistorted).
+        angle: of TURN, clockwise.
+    """
+    scale = (radius << SUB) * np.array([aspect, 256 // aspect])
+    stretched = (silhouette * scale) // (16 * UNIT)
+    c, s = cosine(angle), sine(angle)
+    turned = stretched @ np.array([[c, s], [-s, c]]) >> _ONE
+    return (turned + (np.array(centre) << SUB)).astype(np.int32)
+
+
+def filled(polygon: np.ndarray, height: int, width: int) -> tuple[np.ndarray, slice, slice]:
+    """Return (mask h×w bool, rows, columns): a polygon's fine pixels within its bounding box."""
+    low = np.maximum((polygon.min(0) >> SUB) - 1, 0)
+    high = np.minimum((polygon.max(0) >> SUB) + 2, (width, height))
+    w, h = (int(v) for v in np.maximum(high - low, 0))
+    x, y = int(low[0]), int(low[1])
+    mask = np.zeros((h, w), np.uint8)
+    if h and w:
+        local = (polygon - (low << SUB)).astype(np.int32)
+        cv2.fillPoly(mask, [local], 1, cv2.LINE_8, SUB)
+    return mask.astype(bool), slice(y, y + h), slice(x, x + w)
+
+
+def texture(
+    name: str, rows: slice, columns: slice, centre: tuple[int, int], angle: int, period: int
+) -> np.ndarray:
+    """Return which of two colours (0, 1) each fine pixel of a window has, h×w uint8.
+
+    ``period`` is the width of a stripe, in fine pixels; ``centre`` and ``angle`` place the pattern.
+    """
+    height, width = rows.stop - rows.start, columns.stop - columns.start
+    if name == "plain":
+        return np.zeros((height, width), np.uint8)
+    x = np.arange(columns.start, columns.stop, dtype=np.int32) - centre[0]
+    y = np.arange(rows.start, rows.stop, dtype=np.int32)[:, None] - centre[1]
+    c, s = cosine(angle) >> 8, sine(angle) >> 8  # 6 bits
+    u, width16 = (x * c + y * s) >> 2, period << 4  # 1/16 fine pixels
+    if name == "striped":
+        return ((u // width16) & 1).astype(np.uint8)
+    v = (y * c - x * s) >> 2
+    if name == "checked":
+        return (((u // width16) + (v // width16)) & 1).astype(np.uint8)
+    if name != "dotted":
+        raise ValueError(f"texture {name!r} is not one of {', '.join(TEXTURES)}")
+    du, dv = u % (2 * width16) - width16, v % (2 * width16) - width16
+    return (du * du + dv * dv < 45 * width16 * width16 // 100).astype(np.uint8)
+
+
+def light(rows: slice, columns: slice, angle: int, extent: int) -> np.ndarray:
+    """Return a ramp 0..LEVELS-1 over a window, h×w uint8, brightest towards ``angle``."""
+    x = np.arange(columns.start, columns.stop, dtype=np.int32) * 2 - columns.start - columns.stop
+    y = np.arange(rows.start, rows.stop, dtype=np.int32)[:, None] * 2 - rows.start - rows.stop
+    c, s = cosine(angle) >> 8, sine(angle) >> 8
+    ramp = (x * c + y * s) * (LEVELS // 4) // (64 * max(extent, 1)) + LEVELS // 2
+    return np.clip(ramp, 0, LEVELS - 1).astype(np.uint8)
+
+
+def colour(dice: Dice, jitter: int = 24) -> np.ndarray:
+    """Return an RGB colour near one of the palette's, 3 integers in 0..255."""
+    shift = [dice.between(-jitter, jitter) for _ in range(3)]
+    return np.clip(PALETTE[dice.below(len(PALETTE))] + shift, 0, 255)
+
+
+def colour_pair(dice: Dice, contrast: int = 60) -> np.ndarray:
+    """Return two colours whose brightness differs by at least ``contrast`` of 255, 2×3."""
+    first = colour(dice)
+    brightness = int(first @ (77, 151, 28)) >> 8
+    for _ in range(16):
+        second = colour(dice)
+        if abs((int(second @ (77, 151, 28)) >> 8) - brightness) >= contrast:
+            return np.stack([first, second])
+    return np.stack([first, np.full(3, 255 if brightness < 128 else 0)])
+
+
+def paint(
+    canvas: np.ndarray,
+    polygon: np.ndarray,
+    pattern: str,
+    colours: np.ndarray,
+    dice: Dice,
+    radius: int,
+) -> tuple[np.ndarray, slice, slice]:
+    """Paint a textured, lit polygon onto H×W×3, with a shadow; return its pixels as ``filled``."""
+    height, width = canvas.shape[:2]
+    mask, rows, columns = filled(polygon, height, width)
+    if not mask.size:
+        return mask, rows, columns
+    if dice.chance(60):
+        _shadow(canvas, polygon, dice, radius)
+    centre = (columns.start + dice.below(8), rows.start + dice.below(8))
+    period = max(radius * dice.between(20, 34) // 100, 2 * FINE)
+    spots = texture(pattern, rows, columns, centre, dice.below(TURN), period)
+    index = light(rows, columns, dice.below(TURN), radius) + spots * np.uint8(LEVELS)
+    np.copyto(canvas[rows, columns], _ramps(colours)[index], where=mask[:, :, None])
+    if dice.chance(35):
+        edge = (_ramps(colours)[LEVELS // 2] >> 1).tolist()
+        cv2.polylines(canvas, [polygon], True, edge, FINE, cv2.LINE_8, SUB)
+    return mask, rows, columns
+
+
+def background(dice: Dice, height: int, width: int) -> np.ndarray:
+    """Return H×W×3: a wash of muted colours, now and then with a faint pattern."""
+    pair = colour_pair(dice, 20)
+    grey = dice.between(60, 200)
+    mix = dice.noise(4, 4, 1) if dice.chance(75) else np.full((4, 4, 1), dice.below(256), np.uint8)
+    wash = (pair[0] * mix.astype(np.int64) + pair[1] * (255 - mix.astype(np.int64))) // 255
+    wash = ((wash * 2 + grey) // 3).astype(np.uint8)
+    canvas = cv2.resize(wash, (width, height), interpolation=cv2.INTER_LINEAR_EXACT)
+    if dice.chance(50):
+        name = TEXTURES[dice.between(1, 3)]
+        rows, columns = slice(0, height), slice(0, width)
+        period = max(min(height, width) * dice.between(4, 12) // 100, 2 * FINE)
+        spots = texture(name, rows, columns, (dice.below(99), 0), dice.below(TURN), period)
+        canvas += spots[:, :, None] * np.uint8(dice.between(12, 32))  # washes stay below 224
+    return canvas
+
+
+def clutter(canvas: np.ndarray, dice: Dice, at: tuple[int, int], radius: int) -> None:
+    """Draw one piece that is no object: a shard, a bar, a blot or a patterned scrap."""
+    kind, ink = dice.below(4), colour(dice)
+    corners = dice.between(3, 5)
+    radii = [UNIT * dice.between(35, 100) // 100 for _ in range(corners)]
+    shard = place(radial(radii), at, radius, dice.between(10, 24), dice.below(TURN))
+    if kind == 0:
+        cv2.fillPoly(canvas, [shard], ink.tolist(), cv2.LINE_8, SUB)
+    elif kind == 1:
+        end = [(p + (dice.between(-4, 4) << SUB)) for p in shard[0].tolist()]
+        thick = max(radius // 5, 1)
+        cv2.line(canvas, shard[1].tolist(), end, ink.tolist(), thick, cv2.LINE_8, SUB)
+    elif kind == 2:
+        cv2.polylines(canvas, [shard], True, ink.tolist(), max(radius // 8, 1), cv2.LINE_8, SUB)
+    else:
+        paint(canvas, shard, TEXTURES[dice.below(4)], colour_pair(dice), dice, radius)
+
+
+def develop(canvas: np.ndarray, dice: Dice) -> np.ndarray:
+    """Return the finished picture, (H/FINE)×(W/FINE)×3 uint8: reduced, exposed, with grain."""
+    height, width = canvas.shape[0] // FINE, canvas.shape[1] // FINE
+    small = cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA)
+    gain, lift = dice.between(180, 290), dice.between(-24, 24)
+    curve = np.clip((np.arange(256) * gain >> 8) + lift, 0, 255).astype(np.uint8)
+    grain = dice.noise(height, width, 3)
+    strength = dice.between(4, 6)  # grain of ±8, ±4 or ±2 of 255
+    up = cv2.add(cv2.LUT(small, curve), grain >> np.uint8(strength))
+    return cv2.subtract(up, np.full_like(up, 128 >> strength))
+
+
+def _ramps(colours: np.ndarray) -> np.ndarray:
+    """Two colours 2×3 -> 2·LEVELS×3 uint8: each from shade to light."""
+    steps = 36 + np.arange(LEVELS)  # of 64
+    ramps = colours[:, None, :] * steps[None, :, None] >> 6
+    return np.minimum(ramps, 255).astype(np.uint8).reshape(-1, 3)
+
+
+def _shadow(canvas: np.ndarray, polygon: np.ndarray, dice: Dice, radius: int) -> None:
+    shift = np.array([dice.between(-radius, radius), dice.between(-radius, radius)])
+    moved = (polygon + ((shift << SUB) // 5)).astype(np.int32)
+    mask, rows, columns = filled(moved, canvas.shape[0], canvas.shape[1])
+    window = canvas[rows, columns]
+    np.copyto(window, (window >> 1) + (window >> 3), where=mask[:, :, None])
