@@ -155,8 +155,10 @@ def save_atomically(content: Any, path: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
+def atomic_file(path: str | Path, keep_previous: Path | None = None) -> Iterator[IO[bytes]]:
     """Open a temporary file that becomes ``path`` when the block ends without an error.
+
+    An older ``path`` is replaced, or first moved to ``keep_previous``.
 
     Raises:
         InputError: the disk is full or not writable; the older file stays as it was.
@@ -170,6 +172,8 @@ def atomic_file(path: str | Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
+        if keep_previous is not None and path.exists():
+            path.replace(keep_previous)
         Path(temporary).replace(path)
         _sync_folder(path.parent)
     except OSError as error:

@@ -47,13 +47,16 @@ class Progress:
         tail = f"  {_format(figures)}" if figures else ""
         return f"{head}  eta {format_seconds(self.eta())}{tail}"
 
+    def rate(self) -> float:
+        """Return units per second of this run; 0 at its start."""
+        return (self.count - self._first) / max(time.monotonic() - self._started, 1e-9)
+
     def eta(self) -> float:
         """Return the expected seconds to the end, from this run's own speed."""
         done = self.count - self._first
         if done <= 0:
             return float("nan")
-        elapsed = time.monotonic() - self._started
-        return elapsed / done * (self.total - self.count)
+        return (self.total - self.count) / self.rate()
 
     def say(self, text: str) -> None:
         """Print a line without tearing the bar."""

@@ -60,7 +60,7 @@ def stamp(row: ResultRow) -> ResultRow:
 
 
 def append_rows(path: str | Path, rows: Iterable[ResultRow]) -> None:
-    """Append rows in one write; a crash leaves at most one unfinished last line, which readers skip."""
+    """Append rows in one write; a crash leaves at most one unfinished line, which readers skip."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [
@@ -144,7 +144,7 @@ def config_hash(config: dict[str, Any]) -> str:
 
 @functools.cache
 def code_version() -> str:
-    """Return the checkout's git commit, with "+dirty" where tracked files differ; "" without git."""
+    """Return the git commit, with "+dirty" where tracked files differ from it; "" without git."""
     try:
         git = ["git", "-C", str(ROOT)]
         head = subprocess.run(

@@ -1,4 +1,4 @@
-"""Puts the checkout's root first on ``sys.path``, and turns bad input into one line and status 2."""
+"""Puts the checkout's root first on ``sys.path``; bad input becomes one line and status 2."""
 
 import importlib.util
 import os

@@ -1,0 +1,335 @@
+"""The one training loop: 1..N processes, AMP, stages, exact resume, stop on a non-finite loss.
+
+Shapes: B images a step over all ranks, W ranks, S side in pixels.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from core import dist, resume
+from core.datasets import EpochSampler, IndexedDataset, normalise, training_loader
+from core.errors import InputError
+from core.progress import Progress
+from core.resume import Position
+from core.schedule import Stage, learning_rate
+from core.watch import LossWatch, NonFiniteLoss, StopRequests
+
+__all__ = ["LoopConfig", "NonFiniteLoss", "Objective", "Stage", "Stopped", "train"]
+
+AMP_DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STOPPED_STATUS = 75  # exit status after SIGTERM or SIGUSR1: saved, start again with --resume
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How to train, whatever the objective."""
+
+    batch_size: int = 64  # images a step over all ranks; must divide by their number
+    momentum: float = 0.9
+    nesterov: bool = False
+    decay_norm_and_bias: bool = True  # weight decay on 1-d parameters too, as the released code
+    clip_grad_norm: float = 0.0  # 0: no clipping
+    amp: str = "none"  # none, bf16, fp16: autocast of the forward pass; losses stay in float32
+    channels_last: bool = True  # memory format of images and weights; faster convolutions
+    sync_bn: bool = False  # BatchNorm statistics over all ranks (GPUs only)
+    save_every: int = 10  # epochs between checkpoints; epoch 0 and the last are always saved
+    resume_every: int = 0  # steps between resume states inside an epoch; 0: at each epoch's end
+    eval_every: int = 0  # epochs between evaluations; 0: only at the end
+    log_every: int = 20  # steps between lines of log.jsonl
+    device: str = "auto"  # auto, cpu, cuda, cuda:N
+
+
+class Objective(nn.Module):
+    """What is optimised: a network with its losses, banks and whatever else must be saved.
+
+    The loop holds every ``requires_grad`` parameter of it in the optimiser, and its
+    ``state_dict()`` is all that a resume needs.
+    """
+
+    model: nn.Module
+
+    def stages(self) -> list[Stage]:
+        """Return the stages in order."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor, labels: Tensor, index: Tensor) -> dict[str, Tensor]:
+        """Return named, weighted scalar losses, which the loop adds up.
+
+        Args:
+            images: (B/W)×3×S×S, normalised. labels, index: B/W, int64.
+        """
+        raise NotImplementedError
+
+    def enter_stage(self, number: int) -> None:
+        """Build the modules that stage ``number`` needs, from a seed; also called on resume."""
+
+    def start_stage(self, number: int, batches: Callable[[], Iterator[Any]]) -> None:
+        """Do the first-time work of a stage; ``batches()`` yields this rank's share of the images.
+
+        They come un-augmented, as (normalised images, labels, index) on the objective's device.
+        """
+
+    def set_step(self, iteration: int) -> None:
+        """Be told the global step before each forward pass (random draws derive from it)."""
+
+    def after_step(self) -> None:
+        """Be called after each optimiser step, on every rank (bank updates)."""
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return optimiser groups; each may scale the rate by ``lr_factor``. One by default."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad]}]
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """What a training does besides stepping."""
+
+    save_weights: Callable[[int], None] = lambda epoch: None  # first rank; finished epochs
+    evaluate: Callable[[int], dict[str, float]] = lambda epoch: {}  # every rank; figures to log
+    batches: Callable[[], Iterator[Any]] = lambda: iter(())  # for Objective.start_stage
+
+
+class Stopped(Exception):
+    """A signal asked to stop; the state is saved and ``--resume`` goes on."""
+
+
+def train(
+    objective: Objective,
+    dataset: IndexedDataset,
+    config: LoopConfig,
+    run_dir: Path,
+    hooks: Hooks,
+    *,
+    seed: int,
+    device: torch.device,
+    workers: int = 0,
+    resume_run: bool = False,
+    fingerprint: str = "",
+) -> None:
+    """Train through all stages, or go on where ``resume.pth`` stands.
+
+    Args:
+        fingerprint: names the recipe; a resume under another one is refused.
+
+    Raises:
+        InputError: a config that cannot be run, or nothing (valid) to resume.
+        NonFiniteLoss: on every rank, naming step and losses; nothing of that step is saved.
+        Stopped: after SIGTERM or SIGUSR1, once ``resume.pth`` is written.
+    """
+    check(config, len(dataset))
+    trainer = Trainer(objective, config, run_dir, seed, device, fingerprint)
+    position = trainer.restore() if resume_run else trainer.begin(hooks)
+    total_epochs = sum(stage.epochs for stage in trainer.stages)
+    sampler = EpochSampler(
+        len(dataset), config.batch_size, seed=seed, rank=dist.rank(), world=dist.world_size()
+    )
+    loader = training_loader(dataset, sampler, workers=workers)
+    steps = sampler.steps_per_epoch
+    log = resume.RunLog(run_dir / "log.jsonl", position.iteration)
+    with (
+        StopRequests() as stop,
+        Progress(steps * total_epochs, "train", position.iteration, not dist.is_main()) as bar,
+    ):
+        watch = LossWatch(stop)
+        while position.epoch < total_epochs:
+            stage, epoch = trainer.enter(position, hooks)
+            sampler.set_epoch(position.epoch, position.step)
+            for images, labels, index in loader:
+                lr = learning_rate(stage, epoch, position.step / steps)
+                inputs = normalise(images.to(device), dataset.mean, dataset.std)
+                losses = trainer.step(inputs, labels.to(device), index.to(device), lr, position)
+                watch.push(position.iteration, losses)
+                if position.iteration % config.log_every == 0 or position.step == steps:
+                    figures = watch.means() | {"images_per_second": bar.rate() * config.batch_size}
+                    progress = position.epoch + position.step / steps
+                    log.write(
+                        position.iteration, epoch=progress, stage=stage.name, lr=lr, **figures
+                    )
+                bar.update(1, epoch=f"{position.epoch + 1}/{total_epochs}", loss=watch.total)
+                due = config.resume_every and position.iteration % config.resume_every == 0
+                if watch.must_stop or (due and position.step < steps):
+                    watch.flush()
+                    trainer.save(position)
+                if watch.must_stop:
+                    raise Stopped(f"stopped at step {position.iteration}; {run_dir} is saved")
+            watch.flush()
+            trainer.finish_epoch(position)
+            finished, is_end = position.epoch, position.epoch == total_epochs
+            if is_end or finished % config.save_every == 0:
+                trainer.on_main(hooks.save_weights, finished)
+            if is_end or (config.eval_every and finished % config.eval_every == 0):
+                evaluated = hooks.evaluate(finished)
+                log.write(position.iteration, epoch=float(finished), **evaluated)
+                said = "  ".join(f"{name} {value:.2f}" for name, value in evaluated.items())
+                bar.say(f"epoch {finished}: {said}")
+            trainer.save(position)
+
+
+class Trainer:
+    """The mechanics of a step and of a stage: optimiser, DDP, autocast, scaler, saved state."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        config: LoopConfig,
+        run_dir: Path,
+        seed: int,
+        device: torch.device,
+        fingerprint: str = "",
+    ) -> None:
+        self.objective, self.config, self.run_dir = objective, config, run_dir
+        self.device, self.fingerprint = device, fingerprint
+        self.stages = objective.stages()
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.forward: nn.Module = objective
+        torch.manual_seed(seed + dist.rank())
+
+    def begin(self, hooks: Hooks) -> Position:
+        """Build the first stage and save the initialisation as epoch 0."""
+        self._build_stage(0)
+        self.on_main(hooks.save_weights, 0)
+        return Position()
+
+    def restore(self) -> Position:
+        """Build the stage that ``resume.pth`` stands in, and load all state into it."""
+        content = resume.load(self.run_dir, self.fingerprint)
+        position = Position(**content["position"])
+        self._build_stage(position.stage)
+        self.objective.load_state_dict(content["objective"])
+        assert self.optimizer is not None
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.scaler.load_state_dict(content["scaler"])
+        resume.restore_random_states(content["random"])
+        return position
+
+    def enter(self, position: Position, hooks: Hooks) -> tuple[Stage, int]:
+        """Return the stage that an epoch belongs to and its epoch within; begin it if it is new."""
+        number, first = 0, 0
+        while position.epoch >= first + self.stages[number].epochs:
+            first += self.stages[number].epochs
+            number += 1
+        if number != position.stage:
+            self._build_stage(number)
+            position.stage, position.started = number, False
+        if not position.started:
+            self._broadcast_buffers()
+            self.objective.start_stage(number, hooks.batches)
+            position.started = True
+        return self.stages[number], position.epoch - first
+
+    def step(
+        self, images: Tensor, labels: Tensor, index: Tensor, lr: float, position: Position
+    ) -> dict[str, Tensor]:
+        """Do one optimiser step and return the detached losses; advances ``position``."""
+        assert self.optimizer is not None
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_factor"]
+        if self.config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        self.objective.set_step(position.iteration)
+        dtype = AMP_DTYPES[self.config.amp]
+        with torch.autocast(self.device.type, dtype, enabled=self.config.amp != "none"):
+            losses = self.forward(images, labels, index)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(sum(losses.values(), torch.zeros((), device=self.device))).backward()
+        if self.config.clip_grad_norm > 0:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.objective.parameters(), self.config.clip_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.objective.after_step()
+        position.step += 1
+        position.iteration += 1
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def finish_epoch(self, position: Position) -> None:
+        """Count the epoch as done; every rank gets the first one's BatchNorm statistics."""
+        position.epoch += 1
+        position.step = 0
+        self._broadcast_buffers()
+
+    def save(self, position: Position) -> None:
+        """Write ``resume.pth``."""
+        assert self.optimizer is not None
+        resume.save(
+            self.run_dir, position, self.objective, self.optimizer, self.scaler, self.fingerprint
+        )
+
+    def on_main(self, function: Callable[[int], None], epoch: int) -> None:
+        """Call ``function`` on the first rank while the others wait."""
+        if dist.is_main():
+            function(epoch)
+        dist.barrier()
+
+    def _build_stage(self, number: int) -> None:
+        stage, previous = self.stages[number], self.optimizer
+        self.objective.enter_stage(number)
+        memory = torch.channels_last if self.config.channels_last else torch.contiguous_format
+        self.objective.to(self.device, memory_format=memory)  # type: ignore[call-overload]
+        if self.config.sync_bn and dist.world_size() > 1:
+            self.objective.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.objective.model)
+        self.optimizer = torch.optim.SGD(
+            self._groups(stage.weight_decay),
+            lr=stage.lr,
+            momentum=self.config.momentum,
+            nesterov=self.config.nesterov,
+        )
+        if previous is not None:
+            resume.carry_momentum(previous, self.optimizer)
+        if dist.world_size() > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self.forward = DistributedDataParallel(
+                self.objective, device_ids=ids, broadcast_buffers=False
+            )
+        self.objective.train()
+
+    def _groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        groups = []
+        for group in self.objective.parameter_groups():
+            factor = group.get("lr_factor", 1.0)
+            decayed = [p for p in group["params"] if p.ndim > 1 or self.config.decay_norm_and_bias]
+            kept = {id(p) for p in decayed}
+            bare = [p for p in group["params"] if id(p) not in kept]
+            groups.append({"params": decayed, "lr_factor": factor, "weight_decay": weight_decay})
+            if bare:
+                groups.append({"params": bare, "lr_factor": factor, "weight_decay": 0.0})
+        return groups
+
+    def _broadcast_buffers(self) -> None:
+        if dist.world_size() > 1:
+            for module in self.objective.model.modules():
+                if isinstance(module, nn.modules.batchnorm._NormBase):
+                    for buffer in module.buffers():
+                        torch.distributed.broadcast(buffer, 0)
+
+
+def check(config: LoopConfig, images: int) -> None:
+    """Refuse what cannot be run.
+
+    Raises:
+        InputError: naming the key and what would be right.
+    """
+    if config.amp not in AMP_DTYPES:
+        raise InputError(f"loop.amp {config.amp!r} is not one of {', '.join(AMP_DTYPES)}")
+    if config.batch_size < 1 or config.batch_size % dist.world_size():
+        raise InputError(
+            f"loop.batch_size {config.batch_size} must be a multiple of the {dist.world_size()} "
+            "processes"
+        )
+    if images < config.batch_size:
+        raise InputError(
+            f"loop.batch_size {config.batch_size} exceeds the {images} training images"
+        )
+    for key in ("save_every", "log_every"):
+        if getattr(config, key) < 1:
+            raise InputError(f"loop.{key} {getattr(config, key)} must be at least 1")
+    if not math.isfinite(config.momentum) or not 0 <= config.momentum < 1:
+        raise InputError(f"loop.momentum {config.momentum} must be in [0, 1)")

@@ -1,0 +1,97 @@
+"""What several tests need: small real data where it is at hand, and processes that form a group."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(max(1, min(2, os.cpu_count() or 1)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of small real data (COCO, CIFAR, flowers); skips where there is none."""
+    folder = Path(os.environ.get("TRANSFER_SUITE_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no small real data: {folder} does not exist (set TRANSFER_SUITE_DATA)")
+    return folder
+
+
+@pytest.fixture
+def run_tool() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run ``tools/NAME args…`` as a user would, from another folder; returns output and status."""
+
+    def run(
+        name: str, *arguments: object, cwd: Path | None = None, ranks: int = 1, timeout: float = 300
+    ) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable]
+        if ranks > 1:
+            command += ["-m", "torch.distributed.run", "--standalone"]
+            command += ["--nproc-per-node", str(ranks)]
+        command += [str(ROOT / "tools" / name), *map(str, arguments)]
+        return subprocess.run(
+            command,
+            cwd=cwd or "/",
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")},
+        )
+
+    return run
+
+
+@pytest.fixture
+def run_ranks(tmp_path: Path) -> Callable[..., None]:
+    """Run a Python script as a group of gloo processes; a failing rank fails the test."""
+
+    def run(script: str, ranks: int, *arguments: object, timeout: float = 200) -> None:
+        path = tmp_path / f"ranks_{ranks}.py"
+        path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{script}")
+        command = [sys.executable]
+        if ranks > 1:
+            command += ["-m", "torch.distributed.run", "--standalone"]
+            command += ["--nproc-per-node", str(ranks)]
+        result = subprocess.run(
+            [*command, str(path), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of 48 + 24 images of 16×16 in three learnable classes, one colour each."""
+    generator = np.random.default_rng(7)
+    content = {"classes": np.array(["red", "green", "blue"])}
+    for split, count in (("train", 48), ("test", 24)):
+        labels = np.arange(count) % 3
+        images = generator.integers(0, 160, (count, 16, 16, 3))
+        images[np.arange(count), :, :, labels] += 60
+        content[f"x_{split}"] = images.astype(np.uint8)
+        content[f"y_{split}"] = labels.astype(np.int64)
+    path = tmp_path_factory.mktemp("data") / "tiny.npz"
+    np.savez(path, **content)
+    return path
