@@ -1,0 +1,247 @@
+"""Both directions of L_IPS against windows of bank rows, in O(B·C + C·D) memory.
+
+Shapes: B images, N bank rows, K negatives, D embedding, C rows of a chunk, W ranks.
+
+The loss of an image is a sum over its negatives (``nce``) or a logsumexp (``infonce``), so it and
+its gradient with respect to the embedding are gathered chunk by chunk: the rows of a chunk are
+read once, multiplied with the embeddings whose windows lie there, turned into terms of the loss
+and, in place, into the gradient's coefficients, and multiplied again. Two matrix products a
+direction, no B×N and no B×K×D tensor. The formulas are those of ``pretrain.losses``.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from core import dist
+from pretrain.attention import OnlineSoftmax, merge_over_ranks
+from pretrain.losses import nce_constant, nce_shift
+from pretrain.negatives import Windows
+
+CHUNK = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How the negatives are turned into a loss."""
+
+    temperature: float  # τ2
+    images: int  # N, rows of the whole bank
+    estimator: str = "nce"
+    sharded: bool = False  # rows and windows are this rank's shard's; every call is collective
+    track_z: bool = False  # also return the logsumexp that a moving Z needs (nce)
+
+
+class NoiseContrast:
+    """Σ softplus(x) and Σ σ(x)·row over negatives, x their log odds (losses.nce_loss)."""
+
+    def __init__(self, queries: Tensor, shift: Tensor, track_z: bool) -> None:
+        self.shift = shift[:, None]  # b×1
+        self.total = queries.new_zeros(len(queries))
+        self.weighted = torch.zeros_like(queries)
+        self.log_odds = queries.new_full((len(queries),), float("-inf"))
+        self.track_z = track_z
+
+    def add(self, images: slice, logits: Tensor, keys: Tensor) -> None:
+        """Take the b×C logits of some images (−inf: not there) and the C×D rows; eats the logits."""
+        logits -= self.shift[images]
+        if self.track_z:
+            new = torch.logsumexp(logits, dim=1)
+            self.log_odds[images] = torch.logaddexp(self.log_odds[images], new)
+        self.total[images] += F.softplus(logits).sum(dim=1)
+        self.weighted[images] = torch.addmm(self.weighted[images], logits.sigmoid_(), keys)
+
+
+def contrast_losses(
+    embeddings: tuple[Tensor, Tensor],
+    own: tuple[Tensor, Tensor],
+    banks: tuple[Tensor, Tensor],
+    windows: Windows,
+    settings: Settings,
+    log_z: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ℓ^v and ℓ^t per image, B and B, and log Σ exp of each, 2×B (``track_z``).
+
+    Args:
+        embeddings: v and t, B×D, float32 or float64. own: their positives M^t_i and M^v_i, B×D.
+        banks: M^t and M^v, N×D or this rank's shard.
+        windows: the negatives of the B images; when sharded, of all W·B images within this shard.
+        log_z: log Z of each direction, 2 (``nce``).
+    """
+    return _Contrast.apply(*embeddings, *own, log_z, banks, windows, settings)
+
+
+@torch.no_grad()
+def log_mean_exp(
+    embeddings: tuple[Tensor, Tensor],
+    own: tuple[Tensor, Tensor],
+    banks: tuple[Tensor, Tensor],
+    windows: Windows,
+    settings: Settings,
+) -> Tensor:
+    """Return log of the mean of exp(·/τ) over the joined batch's positives and negatives, 2.
+
+    log Z of the first batch is this plus log N. Collective.
+    """
+    positives = _positives(embeddings, own, settings)
+    sums = [lse for lse, _ in _softmax_sums(embeddings, banks, windows, settings)]
+    count = _total_count(windows, settings)
+    return mean_over_batch(torch.stack(sums), torch.stack(positives), count)
+
+
+def mean_over_batch(negatives: Tensor, positives: Tensor, count: Tensor) -> Tensor:
+    """Return log mean exp over all ranks' images, 2, from 2×B logsumexps, 2×B positives, B counts."""
+    every = torch.logaddexp(negatives, positives)
+    every = dist.gather_rows(every.T.contiguous())  # W·B×2
+    entries = (dist.gather_rows(count) + 1).sum().to(every.dtype)
+    return torch.logsumexp(every, dim=0) - entries.log()
+
+
+class _Contrast(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, t: Tensor, *rest: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+        own_v, own_t, log_z, banks, windows, settings = rest
+        embeddings, own = (v, t), (own_v, own_t)
+        positives = _positives(embeddings, own, settings)
+        value = _nce if settings.estimator == "nce" else _infonce
+        losses, coefficients, sums = value(embeddings, positives, banks, windows, settings, log_z)
+        gradients = [
+            (mean + (pull - 1.0)[:, None] * row) / settings.temperature
+            for (mean, pull), row in zip(coefficients, own, strict=True)
+        ]
+        ctx.save_for_backward(*gradients)
+        tracked = torch.stack(sums)
+        ctx.mark_non_differentiable(tracked)
+        return (*losses, tracked)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        v, t = ctx.saved_tensors
+        return grads[0][:, None] * v, grads[1][:, None] * t, *[None] * 6
+
+
+# what a direction's value gives: losses B, (Σ coefficient·row B×D, σ or p of the positive B), sums
+Values = tuple[list[Tensor], list[tuple[Tensor, Tensor]], list[Tensor]]
+
+
+def _nce(
+    embeddings: tuple[Tensor, Tensor],
+    positives: list[Tensor],
+    banks: tuple[Tensor, Tensor],
+    windows: Windows,
+    settings: Settings,
+    log_z: Tensor,
+) -> Values:
+    count = _total_count(windows, settings)
+    share = count.to(positives[0].dtype) / settings.images  # c
+    shifts = [nce_shift(z, share) for z in log_z.to(share.dtype)]
+    spread = [dist.gather_rows(s) if settings.sharded else s for s in shifts]
+    gathered = _pass_over(
+        embeddings,
+        banks,
+        windows,
+        settings,
+        lambda number, query, order: NoiseContrast(query, spread[number][order], settings.track_z),
+    )
+    losses, coefficients, sums = [], [], []
+    for (state, inverse), positive, shift in zip(gathered, positives, shifts, strict=True):
+        packed = torch.cat([state.weighted, state.total[:, None]], dim=1)[inverse]  # B×(D+1)
+        log_odds = state.log_odds[inverse]
+        if settings.sharded:
+            packed = dist.all_sum(packed)
+            log_odds = torch.logsumexp(dist.gather_rows(log_odds[None]), dim=0)
+        packed, log_odds = _mine(packed, settings), _mine(log_odds, settings)
+        losses.append(F.softplus(shift - positive) + packed[:, -1] + nce_constant(count, share))
+        coefficients.append((packed[:, :-1], torch.sigmoid(positive - shift)))
+        sums.append(log_odds + shift)
+    return losses, coefficients, sums
+
+
+def _infonce(
+    embeddings: tuple[Tensor, Tensor],
+    positives: list[Tensor],
+    banks: tuple[Tensor, Tensor],
+    windows: Windows,
+    settings: Settings,
+    log_z: Tensor,
+) -> Values:
+    losses, coefficients, sums = [], [], []
+    softmax = _softmax_sums(embeddings, banks, windows, settings)
+    for (lse, mean), positive in zip(softmax, positives, strict=True):
+        total = torch.logaddexp(lse, positive)
+        losses.append(total - positive)
+        weighted = mean * torch.exp(lse - total)[:, None]
+        coefficients.append((weighted, torch.exp(positive - total)))
+        sums.append(lse)
+    return losses, coefficients, sums
+
+
+def _softmax_sums(
+    embeddings: tuple[Tensor, Tensor],
+    banks: tuple[Tensor, Tensor],
+    windows: Windows,
+    settings: Settings,
+) -> list[tuple[Tensor, Tensor]]:
+    """Return logsumexp and weighted mean row over each image's negatives, B and B×D a direction."""
+    results = []
+    for state, inverse in _pass_over(
+        embeddings, banks, windows, settings, lambda number, query, order: OnlineSoftmax(query)
+    ):
+        lse, mean = (part[inverse] for part in state.result())
+        if settings.sharded:
+            lse, mean = merge_over_ranks(lse, mean)
+        results.append((_mine(lse, settings), _mine(mean, settings)))
+    return results
+
+
+def _pass_over(
+    embeddings: tuple[Tensor, Tensor],
+    banks: tuple[Tensor, Tensor],
+    windows: Windows,
+    settings: Settings,
+    make: Callable[[int, Tensor, Tensor], Any],
+) -> list[tuple[Any, Tensor]]:
+    """Feed the logits of the windows' rows, chunk by chunk, to what ``make`` gives.
+
+    Args:
+        make: from a direction's number, its b×D queries and their order in the batch.
+
+    Returns:
+        what was made and fed, and the positions that undo the order, for each direction.
+    """
+    windows, order = windows.ordered()
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)).to(order))
+    every = [dist.gather_rows(e) if settings.sharded else e for e in embeddings]
+    queries = [e.detach()[order] / settings.temperature for e in every]
+    gathered = [make(number, query, order) for number, query in enumerate(queries)]
+    for rows, images, allowed in windows.chunks(CHUNK):
+        barred = allowed.logical_not_()
+        for query, bank, state in zip(queries, banks, gathered, strict=True):
+            keys = bank.index_select(0, rows).to(query.dtype)
+            logits = (query[images] @ keys.T).masked_fill_(barred, float("-inf"))
+            state.add(images, logits, keys)
+    return [(state, inverse) for state in gathered]
+
+
+def _positives(
+    embeddings: Sequence[Tensor], own: Sequence[Tensor], settings: Settings
+) -> list[Tensor]:
+    pairs = zip(embeddings, own, strict=True)
+    return [(e.detach() * row).sum(dim=1) / settings.temperature for e, row in pairs]
+
+
+def _total_count(windows: Windows, settings: Settings) -> Tensor:
+    count = windows.count
+    return _mine(dist.all_sum(count) if settings.sharded else count, settings)
+
+
+def _mine(joined: Tensor, settings: Settings) -> Tensor:
+    """Cut this rank's images out of the joined batch."""
+    if not settings.sharded:
+        return joined
+    size = len(joined) // dist.world_size()
+    return joined[dist.rank() * size : (dist.rank() + 1) * size]

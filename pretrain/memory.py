@@ -1,0 +1,188 @@
+"""Memory banks: one embedding per training image, whole on every rank or cut over the ranks.
+
+Shapes: N images, S = ⌈N/W⌉ rows of a shard on W ranks, B images a rank and step, D embedding.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as td
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core import dist
+from core.seeds import mixed
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+BLOCK = 1 << 14  # rows that are initialised under one seed
+
+
+class MemoryBank(nn.Module):
+    """N rows of D numbers that follow the images' embeddings with a momentum.
+
+    Rows start uniform in ±1/sqrt(D/3), so of norm about 1 but not normalised, as in the released
+    code. They are a function of the seed and the row alone: a shard holds the very rows that the
+    whole bank would. Rows are stored in ``dtype`` and handed out in float32 (float64 stays).
+
+    ``sample`` and ``update`` are collective over the ranks. A state dict holds all N rows whether
+    the bank is sharded or not; of a sharded bank every rank must ask for it at the same time, and
+    only the first rank gets the rows.
+
+    Args:
+        images: N. dim: D. momentum: m in [0, 1], the share of the old row that is kept.
+        dtype: a key of DTYPES. seed: of the first rows. sharded: keep rows r·S … on rank r.
+    """
+
+    storage: Tensor
+
+    def __init__(
+        self,
+        images: int,
+        dim: int,
+        momentum: float,
+        *,
+        dtype: str = "fp32",
+        seed: int = 0,
+        sharded: bool = False,
+    ) -> None:
+        super().__init__()
+        if dtype not in DTYPES:
+            raise ValueError(f"bank dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        self.images, self.dim, self.momentum = images, dim, momentum
+        self.sharded = sharded and dist.world_size() > 1
+        world = dist.world_size() if self.sharded else 1
+        self.shard_rows = math.ceil(images / world)  # S
+        self.first = min(self.shard_rows * dist.rank(), images) if self.sharded else 0
+        self.last = min(self.first + self.shard_rows, images)
+        # one row more than needed: it takes the writes that are meant for other shards
+        storage = torch.zeros(self.shard_rows + 1, dim, dtype=DTYPES[dtype])
+        _fill_uniform(storage, self.first, self.last, seed)
+        self.register_buffer("storage", storage, persistent=False)
+
+    @property
+    def rows(self) -> Tensor:
+        """This rank's rows ``first`` … ``last``, as stored; all N×D of a bank that is whole."""
+        return self.storage[: self.last - self.first]
+
+    def sample(self, index: Tensor) -> Tensor:
+        """Return the rows of B images, B×D, from whichever rank holds them."""
+        if not self.sharded:
+            return _wide(self.storage.index_select(0, index))
+        everyone = dist.gather_rows(index)  # W·B
+        local, owned = self._locate(everyone)
+        found = _wide(self.storage.index_select(0, local)) * owned[:, None]
+        first = dist.rank() * len(index)
+        return dist.all_sum(found)[first : first + len(index)]
+
+    @torch.no_grad()
+    def update(self, index: Tensor, embedding: Tensor, momentum: float | None = None) -> None:
+        """Move the rows of all ranks' images: M_i ← normalise(m·M_i + (1 − m)·embedding_i).
+
+        Where an image stands twice in the joined batch, its last embedding (in rank order) counts.
+
+        Args:
+            index: B. embedding: B×D. B is the same on all ranks; an index of −1 writes nothing.
+            momentum: instead of the bank's own.
+        """
+        momentum = self.momentum if momentum is None else momentum
+        index, embedding = dist.gather_rows(index), dist.gather_rows(embedding.detach())
+        embedding = embedding.index_select(0, last_occurrence(index))
+        local, _ = self._locate(index)
+        before = _wide(self.storage.index_select(0, local))
+        after = F.normalize(momentum * before + (1.0 - momentum) * embedding.to(before.dtype))
+        self.storage.index_copy_(0, local, after.to(self.storage.dtype))
+
+    @torch.no_grad()
+    def refresh(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Replace rows by the (index, embedding) pairs of all ranks' batches, momentum 0.
+
+        Ranks may bring different numbers of batches, of different sizes.
+        """
+        for index, embedding in padded_alike(batches, _wide(self.storage[:0])):
+            self.update(index, embedding, momentum=0.0)
+
+    def _locate(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return positions in ``storage`` (the spare row for what is not here), and what is."""
+        owned = (index >= self.first) & (index < self.last)
+        return torch.where(owned, index - self.first, self.shard_rows), owned
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "rows"] = _collect(self) if self.sharded else self.rows.detach()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        name = prefix + "rows"
+        missing, _, errors = rest[-3:]
+        rows = state_dict.pop(name, None)
+        if rows is None:
+            missing.append(name)
+        elif rows.shape != (self.images, self.dim):
+            errors.append(f"{name} is {tuple(rows.shape)}, not {(self.images, self.dim)}")
+        else:
+            self.rows.copy_(rows[self.first : self.last])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if rows is not None:
+            state_dict[name] = rows
+
+
+def last_occurrence(index: Tensor) -> Tensor:
+    """Return, for each of B entries, the position of the last entry equal to it, B."""
+    ordered, order = torch.sort(index, stable=True)
+    return order[torch.searchsorted(ordered, index, right=True) - 1]
+
+
+def padded_alike(
+    batches: Iterable[tuple[Tensor, Tensor]], like: Tensor
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """Yield (index, embedding) batches, as many and of the same sizes on all ranks.
+
+    Missing entries have index −1. Every rank must iterate to the end. ``like``: any …×D tensor of
+    the device and dtype that the embeddings shall have.
+    """
+    iterator = iter(batches)
+    while True:
+        batch = next(iterator, None)
+        size = torch.tensor(0 if batch is None else len(batch[0]), device=like.device)
+        longest = int(dist.gather_rows(size[None]).max())
+        if longest == 0:
+            return
+        index = torch.full((longest,), -1, dtype=torch.long, device=like.device)
+        embedding = like.new_zeros(longest, like.shape[-1])
+        if batch is not None:
+            index[: len(batch[0])] = batch[0]
+            embedding[: len(batch[1])] = batch[1]
+        yield index, embedding
+
+
+def _wide(rows: Tensor) -> Tensor:
+    return rows if rows.dtype == torch.float64 else rows.float()
+
+
+def _fill_uniform(storage: Tensor, first: int, last: int, seed: int) -> None:
+    bound = 1.0 / math.sqrt(storage.shape[1] / 3)
+    for block in range(first // BLOCK, math.ceil(last / BLOCK)):
+        generator = torch.Generator().manual_seed(mixed(seed, block) >> 1)
+        values = torch.rand(BLOCK, storage.shape[1], generator=generator) * 2 * bound - bound
+        low, high = max(first, block * BLOCK), min(last, (block + 1) * BLOCK)
+        storage[low - first : high - first] = values[low - block * BLOCK : high - block * BLOCK]
+
+
+def _collect(bank: MemoryBank) -> Tensor:
+    """Return all N rows on the first rank, in host memory; 0×D elsewhere."""
+    if not dist.is_main():
+        td.send(bank.storage[: bank.shard_rows].contiguous(), 0)
+        return bank.storage.new_zeros(0, bank.dim)
+    parts = [bank.rows.cpu()]
+    for rank in range(1, dist.world_size()):
+        part = torch.empty_like(bank.storage[: bank.shard_rows])
+        td.recv(part, rank)
+        held = min(bank.shard_rows * (rank + 1), bank.images) - bank.shard_rows * rank
+        parts.append(part[: max(held, 0)].cpu())
+    return torch.cat(parts)
