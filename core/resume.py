@@ -43,6 +43,7 @@ def save(
     The state before it stays beside it as ``resume.previous.pth``.
     """
     generators = _gather_objects(_random_states())
+    state = objective.state_dict()  # on every rank: a sharded bank gathers its rows
     if not dist.is_main():
         dist.barrier()
         return
@@ -50,13 +51,13 @@ def save(
         "format": FORMAT,
         "version": VERSION,
         "position": dataclasses.asdict(position),
-        "objective": objective.state_dict(),
+        "objective": state,
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
         "random": generators,
         "fingerprint": fingerprint,
     }
-    checkpoint.assert_finite(content["objective"])
+    checkpoint.assert_finite(state)
     current = run_dir / FILE
     with checkpoint.atomic_file(current, keep_previous=run_dir / PREVIOUS) as file:
         torch.save(content, file)
