@@ -47,12 +47,10 @@ class InputSpec:
 
     mean: Sequence[float]  # of RGB, in 0..1
     std: Sequence[float]
-    channel_order: str = "RGB"  # "BGR": channels are reversed after normalisation
 
     def apply(self, images: Tensor) -> Tensor:
         """Return uint8 RGB images, …×3×S×S, as the network wants them (float32)."""
-        inputs = normalise(images, self.mean, self.std)
-        return inputs.flip(-3) if self.channel_order == "BGR" else inputs
+        return normalise(images, self.mean, self.std)
 
 
 def extract(
@@ -78,8 +76,7 @@ def extract(
         batch_size: images a step on this rank.
         amp: autocast of the forward pass (fp16 on a GPU, bf16 on a CPU).
         dtype: what the features are stored in.
-        inputs: mean, std and channel order that the network was trained with; None: the data
-            set's own.
+        inputs: mean and std that the network was trained with; None: the data set's own.
         description: heads the progress line; "": no progress is shown.
 
     Raises:
@@ -159,7 +156,6 @@ def cache_key(
         "dataset": dataset_signature(dataset),
         "mean": list(spec.mean),
         "std": list(spec.std),
-        "channel_order": spec.channel_order,
         "dtype": str(dtype),
         "arithmetic": arithmetic,
     }
