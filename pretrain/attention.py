@@ -48,7 +48,7 @@ class OnlineSoftmax:
         self.weighted = torch.zeros_like(queries)
 
     def add(self, images: slice, logits: Tensor, keys: Tensor) -> None:
-        """Take the b×C logits of some images (−inf: not there) and the C×D rows; eats the logits."""
+        """Take the b×C logits of some images (−inf: none) and the C×D rows; eats the logits."""
         before = self.largest[images]
         largest = torch.maximum(before, logits.amax(dim=1, keepdim=True))
         base = largest.clamp(min=torch.finfo(logits.dtype).min)  # all of a chunk may be −inf
@@ -73,7 +73,7 @@ def merge_over_ranks(lse: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
 
 class _InstanceLoss(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, embedding: Tensor, own: Tensor, rows: Tensor, scale: float, sharded: bool
     ) -> Tensor:
         if sharded:

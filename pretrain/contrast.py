@@ -10,6 +10,7 @@ direction, no B×N and no B×K×D tensor. The formulas are those of ``pretrain.l
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ class Settings:
     images: int  # N, rows of the whole bank
     estimator: str = "nce"
     sharded: bool = False  # rows and windows are this rank's shard's; every call is collective
-    track_z: bool = False  # also return the logsumexp that a moving Z needs (nce)
+    track_z: bool = False  # also return the batch's own log Z, which a moving Z needs (nce)
 
 
 class NoiseContrast:
@@ -47,7 +48,7 @@ class NoiseContrast:
         self.track_z = track_z
 
     def add(self, images: slice, logits: Tensor, keys: Tensor) -> None:
-        """Take the b×C logits of some images (−inf: not there) and the C×D rows; eats the logits."""
+        """Take the b×C logits of some images (−inf: none) and the C×D rows; eats the logits."""
         logits -= self.shift[images]
         if self.track_z:
             new = torch.logsumexp(logits, dim=1)
@@ -64,7 +65,7 @@ def contrast_losses(
     settings: Settings,
     log_z: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ℓ^v and ℓ^t per image, B and B, and log Σ exp of each, 2×B (``track_z``).
+    """Return ℓ^v and ℓ^t per image, B and B, and log Z of the joined batch, 2 (with ``track_z``).
 
     Args:
         embeddings: v and t, B×D, float32 or float64. own: their positives M^t_i and M^v_i, B×D.
@@ -76,34 +77,38 @@ def contrast_losses(
 
 
 @torch.no_grad()
-def log_mean_exp(
+def first_log_z(
     embeddings: tuple[Tensor, Tensor],
     own: tuple[Tensor, Tensor],
     banks: tuple[Tensor, Tensor],
     windows: Windows,
     settings: Settings,
 ) -> Tensor:
-    """Return log of the mean of exp(·/τ) over the joined batch's positives and negatives, 2.
+    """Return log Z of each direction, 2: Z = N · mean of exp(·/τ) over the joined batch.
 
-    log Z of the first batch is this plus log N. Collective.
+    The mean is over positives and negatives of all ranks' images. Collective.
     """
     positives = _positives(embeddings, own, settings)
     sums = [lse for lse, _ in _softmax_sums(embeddings, banks, windows, settings)]
     count = _total_count(windows, settings)
-    return mean_over_batch(torch.stack(sums), torch.stack(positives), count)
+    return _batch_log_z(torch.stack(sums), torch.stack(positives), count, settings)
 
 
-def mean_over_batch(negatives: Tensor, positives: Tensor, count: Tensor) -> Tensor:
-    """Return log mean exp over all ranks' images, 2, from 2×B logsumexps, 2×B positives, B counts."""
+def _batch_log_z(negatives: Tensor, positives: Tensor, count: Tensor, settings: Settings) -> Tensor:
+    """Return log Z of the joined batch, 2.
+
+    Args:
+        negatives: logsumexp over each image's, 2×B. positives: 2×B. count: of negatives, B.
+    """
     every = torch.logaddexp(negatives, positives)
     every = dist.gather_rows(every.T.contiguous())  # W·B×2
     entries = (dist.gather_rows(count) + 1).sum().to(every.dtype)
-    return torch.logsumexp(every, dim=0) - entries.log()
+    return torch.logsumexp(every, dim=0) - entries.log() + math.log(settings.images)
 
 
 class _Contrast(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, v: Tensor, t: Tensor, *rest: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, v: Tensor, t: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         own_v, own_t, log_z, banks, windows, settings = rest
         embeddings, own = (v, t), (own_v, own_t)
         positives = _positives(embeddings, own, settings)
@@ -114,9 +119,12 @@ class _Contrast(torch.autograd.Function):
             for (mean, pull), row in zip(coefficients, own, strict=True)
         ]
         ctx.save_for_backward(*gradients)
-        tracked = torch.stack(sums)
-        ctx.mark_non_differentiable(tracked)
-        return (*losses, tracked)
+        batch_z = torch.zeros_like(log_z)
+        if settings.track_z:
+            count = _total_count(windows, settings)
+            batch_z = _batch_log_z(torch.stack(sums), torch.stack(positives), count, settings)
+        ctx.mark_non_differentiable(batch_z)
+        return (*losses, batch_z)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,10 +1,11 @@
 """Memory banks: one embedding per training image, whole on every rank or cut over the ranks.
 
-Shapes: N images, S = ⌈N/W⌉ rows of a shard on W ranks, B images a rank and step, D embedding.
+Shapes: N images, B images a rank and step, D embedding, W ranks. Of a sharded bank rank r holds
+the ⌈(N − r)/W⌉ rows r, r + W, r + 2W, …: a data set sorted by class spreads evenly.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core import dist
-from core.seeds import mixed
+from pretrain.negatives import hashed
 
 DTYPES = {
     "fp32": torch.float32,
@@ -21,7 +22,7 @@ DTYPES = {
     "fp16": torch.float16,
     "fp64": torch.float64,
 }
-BLOCK = 1 << 14  # rows that are initialised under one seed
+BLOCK = 1 << 14  # rows that are initialised at a time
 
 
 class MemoryBank(nn.Module):
@@ -37,7 +38,7 @@ class MemoryBank(nn.Module):
 
     Args:
         images: N. dim: D. momentum: m in [0, 1], the share of the old row that is kept.
-        dtype: a key of DTYPES. seed: of the first rows. sharded: keep rows r·S … on rank r.
+        dtype: a key of DTYPES. seed: of the first rows. sharded: keep a part on each rank.
     """
 
     storage: Tensor
@@ -57,19 +58,20 @@ class MemoryBank(nn.Module):
             raise ValueError(f"bank dtype {dtype!r} is not one of {', '.join(DTYPES)}")
         self.images, self.dim, self.momentum = images, dim, momentum
         self.sharded = sharded and dist.world_size() > 1
-        world = dist.world_size() if self.sharded else 1
-        self.shard_rows = math.ceil(images / world)  # S
-        self.first = min(self.shard_rows * dist.rank(), images) if self.sharded else 0
-        self.last = min(self.first + self.shard_rows, images)
-        # one row more than needed: it takes the writes that are meant for other shards
-        storage = torch.zeros(self.shard_rows + 1, dim, dtype=DTYPES[dtype])
-        _fill_uniform(storage, self.first, self.last, seed)
+        self.world, self.rank = (dist.world_size(), dist.rank()) if self.sharded else (1, 0)
+        self.held = len(range(self.rank, images, self.world))
+        # one row more than are held: it takes the writes that are meant for other ranks
+        storage = torch.zeros(self.held + 1, dim, dtype=DTYPES[dtype])
+        for low in range(0, self.held, BLOCK):
+            high = min(low + BLOCK, self.held)
+            numbers = torch.arange(low, high) * self.world + self.rank
+            storage[low:high] = first_rows(numbers, dim, seed)
         self.register_buffer("storage", storage, persistent=False)
 
     @property
     def rows(self) -> Tensor:
-        """This rank's rows ``first`` … ``last``, as stored; all N×D of a bank that is whole."""
-        return self.storage[: self.last - self.first]
+        """This rank's rows as stored; all N×D of a bank that is whole."""
+        return self.storage[: self.held]
 
     def sample(self, index: Tensor) -> Tensor:
         """Return the rows of B images, B×D, from whichever rank holds them."""
@@ -78,7 +80,7 @@ class MemoryBank(nn.Module):
         everyone = dist.gather_rows(index)  # W·B
         local, owned = self._locate(everyone)
         found = _wide(self.storage.index_select(0, local)) * owned[:, None]
-        first = dist.rank() * len(index)
+        first = self.rank * len(index)
         return dist.all_sum(found)[first : first + len(index)]
 
     @torch.no_grad()
@@ -99,19 +101,10 @@ class MemoryBank(nn.Module):
         after = F.normalize(momentum * before + (1.0 - momentum) * embedding.to(before.dtype))
         self.storage.index_copy_(0, local, after.to(self.storage.dtype))
 
-    @torch.no_grad()
-    def refresh(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Replace rows by the (index, embedding) pairs of all ranks' batches, momentum 0.
-
-        Ranks may bring different numbers of batches, of different sizes.
-        """
-        for index, embedding in padded_alike(batches, _wide(self.storage[:0])):
-            self.update(index, embedding, momentum=0.0)
-
     def _locate(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Return positions in ``storage`` (the spare row for what is not here), and what is."""
-        owned = (index >= self.first) & (index < self.last)
-        return torch.where(owned, index - self.first, self.shard_rows), owned
+        owned = (index >= 0) & (index % self.world == self.rank)
+        return torch.where(owned, index // self.world, self.held), owned
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -126,10 +119,27 @@ class MemoryBank(nn.Module):
         elif rows.shape != (self.images, self.dim):
             errors.append(f"{name} is {tuple(rows.shape)}, not {(self.images, self.dim)}")
         else:
-            self.rows.copy_(rows[self.first : self.last])
+            self.rows.copy_(rows[self.rank :: self.world])
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if rows is not None:
             state_dict[name] = rows
+
+
+@torch.no_grad()
+def refresh(
+    banks: Sequence[MemoryBank], batches: Iterable[tuple[Tensor, Sequence[Tensor]]]
+) -> None:
+    """Replace the rows of all ranks' images by embeddings, momentum 0. Collective.
+
+    Args:
+        batches: (index B, one B×D embedding for each bank); ranks may bring different numbers of
+            batches, of different sizes.
+    """
+    like = torch.cat([_wide(bank.storage[:0]) for bank in banks], dim=1)
+    joined = ((index, torch.cat(list(embeddings), dim=1)) for index, embeddings in batches)
+    for index, embedding in padded_alike(joined, like):
+        for bank, part in zip(banks, embedding.split([b.dim for b in banks], dim=1), strict=True):
+            bank.update(index, part, momentum=0.0)
 
 
 def last_occurrence(index: Tensor) -> Tensor:
@@ -165,24 +175,22 @@ def _wide(rows: Tensor) -> Tensor:
     return rows if rows.dtype == torch.float64 else rows.float()
 
 
-def _fill_uniform(storage: Tensor, first: int, last: int, seed: int) -> None:
-    bound = 1.0 / math.sqrt(storage.shape[1] / 3)
-    for block in range(first // BLOCK, math.ceil(last / BLOCK)):
-        generator = torch.Generator().manual_seed(mixed(seed, block) >> 1)
-        values = torch.rand(BLOCK, storage.shape[1], generator=generator) * 2 * bound - bound
-        low, high = max(first, block * BLOCK), min(last, (block + 1) * BLOCK)
-        storage[low - first : high - first] = values[low - block * BLOCK : high - block * BLOCK]
+def first_rows(numbers: Tensor, dim: int, seed: int) -> Tensor:
+    """Return the rows that images start with, numbers×D, uniform in ±1/sqrt(D/3)."""
+    cells = numbers[:, None] * dim + torch.arange(dim)
+    uniform = (hashed(cells, seed) >> 39).double() / (1 << 24)  # 24 bits: exact in float32
+    return ((2.0 * uniform - 1.0) / math.sqrt(dim / 3)).float()
 
 
 def _collect(bank: MemoryBank) -> Tensor:
     """Return all N rows on the first rank, in host memory; 0×D elsewhere."""
     if not dist.is_main():
-        td.send(bank.storage[: bank.shard_rows].contiguous(), 0)
+        td.send(bank.rows.contiguous(), 0)
         return bank.storage.new_zeros(0, bank.dim)
-    parts = [bank.rows.cpu()]
-    for rank in range(1, dist.world_size()):
-        part = torch.empty_like(bank.storage[: bank.shard_rows])
+    every = torch.empty(bank.images, bank.dim, dtype=bank.storage.dtype)
+    every[0 :: bank.world] = bank.rows.cpu()
+    for rank in range(1, bank.world):
+        part = bank.storage.new_empty(len(range(rank, bank.images, bank.world)), bank.dim)
         td.recv(part, rank)
-        held = min(bank.shard_rows * (rank + 1), bank.images) - bank.shard_rows * rank
-        parts.append(part[: max(held, 0)].cpu())
-    return torch.cat(parts)
+        every[rank :: bank.world] = part.cpu()
+    return every

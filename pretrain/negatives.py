@@ -20,6 +20,7 @@ generator state, and an image meets the same negatives on any number of ranks.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import torch
@@ -111,7 +112,7 @@ class Drawer:
     seed: int
     negatives: int  # K; 0: every other-group row
     shared: bool = False  # all images of a step walk from the same position
-    pool: int = 0  # P, bank rows that a step's windows lie in; 0: all N
+    pool: int = 0  # P, drawn rows that a step's windows lie in (pool_rows); 0: all N
     replace: bool = False
 
     def draw(
@@ -143,6 +144,27 @@ class Drawer:
         if self.replace:
             return torch.randint(n, (size,), generator=generator, device=device)
         return torch.randperm(n, generator=generator, device=device)[:size]
+
+
+def pool_rows(
+    rows: int, largest_group: int, negatives: int, *, shared: bool, replace: bool, asked: int = 0
+) -> int:
+    """Return P, how many rows to draw so that every image meets its K negatives in them.
+
+    Without replacement K + the largest group always suffice. Independent draws are as many as hold
+    2K + 64 others on average, so that fewer than K never happens (if it did, the image would take
+    those there are, and its noise share c would say so).
+
+    Args:
+        rows: N. negatives: K; 0 means all. asked: P where it is free to choose; 0 means N.
+    """
+    if not negatives:
+        return rows
+    if replace:
+        others = max(rows - largest_group, 1)
+        return max(asked, math.ceil((2 * negatives + 64) * rows / others))
+    needed = min(rows, negatives + largest_group)
+    return needed if shared else min(rows, max(asked or rows, needed))
 
 
 def walk(
