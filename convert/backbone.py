@@ -1,0 +1,193 @@
+"""A checkpoint of any known format as one thing: a complete, finite, checked backbone.
+
+Shapes are those of ``convert.layouts``; names are torchvision's; numbers are float32.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convert import layouts, zoo
+from convert.reading import read
+from convert.recognise import Recognition, recognise
+from convert.sources import AUTHOR, Convention
+from core.checkpoint import is_ours
+from core.errors import InputError
+from core.resnet import ARCHITECTURES
+from core.results import sha256_of
+
+KEPT = ("method", "epoch", "seed", "dataset", "image_size", "num_classes", "config", "code")
+BN_EPSILON = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A recognised, complete, finite backbone: float32 tensors by torchvision name."""
+
+    arch: str
+    state: dict[str, Tensor]
+    convention: Convention
+    source_format: str
+    source_path: str
+    source_sha256: str
+    dropped: tuple[str, ...]
+    counters: int  # num_batches_tracked that were left behind
+    origin: dict[str, Any]  # what the checkpoint says of itself: method, epoch, seed, …
+
+    def facts(self) -> dict[str, Any]:
+        """Return what is written beside the tensors; ``mean`` and ``std`` in channel order."""
+        return {
+            "arch": self.arch,
+            "mean": list(self.convention.mean),
+            "std": list(self.convention.std),
+            "channel_order": self.convention.channel_order,
+            "stride_in_1x1": self.convention.stride_in_1x1,
+            "source_format": self.source_format,
+            "source_path": self.source_path,
+            "source_sha256": self.source_sha256,
+            "tensors": len(self.state),
+            "dropped": list(self.dropped),
+            "dropped_batch_counters": self.counters,
+            **self.origin,
+        }
+
+
+def read_backbone(
+    path: str | Path, *, format: str | None = None, drop: Sequence[str] = ()
+) -> Backbone:
+    """Read, recognise and check a checkpoint of any known format.
+
+    Raises:
+        InputError: missing, damaged, holding code, unrecognised, ambiguous, incomplete, misshapen,
+            not finite, or of an architecture that detectron2's ResNet cannot hold.
+    """
+    located = zoo.locate(str(path)) if str(path).startswith(zoo.PREFIXES) else None
+    name, file = (located.name, located.path) if located else (str(path), Path(path))
+    content = read(file)
+    try:
+        found = recognise(content, format, drop)
+        facts = _facts_of(content)
+        del content  # with it go optimiser states and momentum encoders
+        state = _as_tensors(found)
+        _check_declared(facts.get("arch"))
+        layout = layouts.infer({key: tuple(value.shape) for key, value in state.items()})
+    except ValueError as error:
+        raise InputError(f"{name}: {error}") from None
+    if facts.get("arch", layout.arch) != layout.arch:
+        raise InputError(f"{name}: it calls itself {facts['arch']}, but is a {layout.arch}")
+    convention = located.convention if located else found.source.convention
+    return Backbone(
+        arch=layout.arch,
+        state={key: _float32(value) for key, value in state.items()},
+        convention=_convention(facts, convention, name),
+        source_format=found.source.name if located is None else name.partition(":")[0],
+        source_path=name,
+        source_sha256=sha256_of(file),
+        dropped=found.dropped,
+        counters=found.counters,
+        origin={key: facts[key] for key in KEPT if key in facts},
+    )
+
+
+def _as_tensors(found: Recognition) -> dict[str, Tensor]:
+    """Check every value and return it as a tensor; numbers are not converted yet.
+
+    Raises:
+        ValueError: a value is no floating tensor, holds NaN or infinity, or a negative variance.
+    """
+    state: dict[str, Tensor] = {}
+    for name, value in found.tensors.items():
+        if isinstance(value, np.ndarray):
+            value = torch.from_numpy(
+                np.array(value, dtype=value.dtype.newbyteorder("="), order="C")
+            )
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} is a {type(value).__name__}, not a tensor")
+        if not value.is_floating_point():
+            raise ValueError(f"{name} is {value.dtype}, not floating point: a quantised network?")
+        if value.device.type == "meta" or value.layout != torch.strided:
+            raise ValueError(f"{name} is a {value.layout} tensor on {value.device}: no numbers")
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{name} holds NaN or infinity: the run that made it had diverged")
+        if name.endswith("running_var") and bool((value < 0).any()):
+            raise ValueError(f"{name} is negative in places: a variance cannot be")
+        state[name] = value.detach()
+    return _with_statistics(state, found) if found.style == "caffe2" else state
+
+
+def _with_statistics(state: dict[str, Tensor], found: Recognition) -> dict[str, Tensor]:
+    """Give Caffe2's affine layers the statistics that change nothing: mean 0, variance 1 − ε.
+
+    A bias of the stem's convolution goes into the mean, which is the same function.
+    """
+    full = dict(state)
+    for name, scale in state.items():
+        norm, _, statistic = name.rpartition(".")
+        if statistic == "weight" and scale.dim() == 1 and f"{norm}.running_var" not in state:
+            full[f"{norm}.running_mean"] = torch.zeros_like(scale)
+            full[f"{norm}.running_var"] = torch.full_like(scale, 1 - BN_EPSILON)
+    if found.stem_bias is not None and "bn1.running_mean" in full:
+        bias = torch.as_tensor(np.array(found.stem_bias), dtype=torch.float32)
+        if bias.shape != full["bn1.running_mean"].shape or not bool(torch.isfinite(bias).all()):
+            raise ValueError("conv1_b, the stem's bias, is misshapen or not finite")
+        full["bn1.running_mean"] = full["bn1.running_mean"] - bias
+    return full
+
+
+def _float32(value: Tensor) -> Tensor:
+    """Return float32 numbers that own no more memory than they need."""
+    value = value.to(torch.float32).contiguous()
+    whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+    return value if whole else value.clone()
+
+
+def _facts_of(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What one of our own files, a checkpoint or a converted one, says of itself."""
+    ours = is_ours(content) or content.get("__author__") == AUTHOR
+    facts = content.get("facts") if ours else None
+    if not isinstance(facts, Mapping):
+        return {}
+    facts = dict(facts)
+    if is_ours(content):  # core.checkpoint.Facts has RGB on 0…1
+        for key in ("mean", "std"):
+            facts[key] = [round(float(value) * 255, 4) for value in facts[key]]
+    return facts
+
+
+def _convention(facts: Mapping[str, Any], otherwise: Convention, name: str) -> Convention:
+    if "mean" not in facts:
+        return otherwise
+    damaged = f"{name}: its facts about mean, std and channel order are damaged"
+    try:
+        mean, std = (tuple(float(v) for v in facts[key]) for key in ("mean", "std"))
+        order, stride = facts["channel_order"], facts["stride_in_1x1"]
+    except (KeyError, TypeError, ValueError):
+        raise InputError(
+            f"{name}: its facts about mean, std and channel order are damaged"
+        ) from None
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0 or order not in ("RGB", "BGR"):
+        raise InputError(damaged)
+    return Convention((*mean,), (*std,), order, bool(stride))
+
+
+def _check_declared(arch: Any) -> None:
+    """Refuse one of our own architectures that detectron2 cannot hold, by its name."""
+    spec = ARCHITECTURES.get(arch) if isinstance(arch, str) else None
+    if spec is None or spec.stem == "imagenet":
+        return
+    if spec.block == "preactivation":
+        why = "is a pre-activation Wide ResNet of three stages with a CIFAR stem"
+    elif len(spec.layers) != 4:
+        why = f"has {len(spec.layers)} stages and a CIFAR stem"
+    else:
+        why = "has a CIFAR stem (3×3, stride 1, no max-pool)"
+    raise ValueError(
+        f"{arch} {why}, and detectron2's ResNet has only four post-activation stages behind a "
+        "7×7 stem: it cannot hold these weights; for detection, pretrain with arch resnet18 or "
+        "resnet50"
+    )

@@ -1,0 +1,278 @@
+"""Proof of a conversion: detectron2's own backbone computes what the source network computes.
+
+Shapes: N images, S side in pixels, C channels of a stage.
+
+The source's features come from ``core.resnet`` with the tensors as they were read; detectron2's
+from its ``build_resnet_backbone`` and its own checkpointer, out of the written file, with mean,
+std, channel order and stride taken from the facts in that file. So one number per stage covers the
+rename, the facts, the file and the way a detector will load it.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convert.backbone import Backbone
+from convert.layouts import BLOCKS, STEM_CHANNELS, Layout, layout_of
+from convert.sources import Convention
+from core.checkpoint import load_plain
+from core.errors import InputError
+from core.resnet import ARCHITECTURES, Architecture, ResNet, create_model
+
+TOLERANCE = 1e-5
+STAGES = ("res2", "res3", "res4", "res5")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parity:
+    """What the proof found: per stage max |a − b| / max |a|, and how many tensors arrived."""
+
+    differences: dict[str, float]
+    matched: int
+    expected: int
+    target: str = "detectron2"
+
+    def lines(self) -> list[str]:
+        """Return the report, a line each for the tensors and the features."""
+        figures = ", ".join(f"{stage} {value:.1e}" for stage, value in self.differences.items())
+        return [
+            f"matched   {self.matched} of {self.expected} tensors of {self.target}'s backbone",
+            f"features  equal to {TOLERANCE:.0e}: relative difference {figures}",
+        ]
+
+
+def prove(
+    converted: Mapping[str, Any] | str | Path,
+    source_state: Mapping[str, Tensor],
+    arch: str,
+    convention: Convention | None = None,
+) -> Parity:
+    """Compare a converted file (or its content) with the network it came from.
+
+    Args:
+        converted: path, or the dict that such a file holds.
+        source_state: the source's backbone tensors under torchvision names.
+        arch: its architecture.
+        convention: how images enter the source; by default what the converted file says.
+
+    Raises:
+        InputError: a tensor did not arrive, or the features of a stage differ by more than 1e-5.
+    """
+    if not isinstance(converted, str | Path):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "converted_d2.pth"
+            torch.save(dict(converted), path)
+            return prove(path, source_state, arch, convention)
+    if convention is None:
+        convention = _convention(load_plain(converted)["facts"])
+    reference = source_features(source_state, arch, convention)
+    return _check_detectron2(Path(converted), reference)
+
+
+def proof(backbone: Backbone) -> Callable[[Path], Parity]:
+    """Return the check that ``convert.d2.convert`` wants, holding features and no weights."""
+    reference = source_features(backbone.state, backbone.arch, backbone.convention)
+    return lambda path: _check_detectron2(path, reference)
+
+
+def proof_of_way_back(backbone: Backbone) -> Callable[[Path], Parity]:
+    """The same for ``--to torchvision``: torchvision's own network must compute it."""
+    reference = source_features(backbone.state, backbone.arch, backbone.convention)
+    return lambda path: _check_torchvision(path, reference)
+
+
+def backbone_cfg(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config keys that a detector must agree with to hold and feed these weights.
+
+    Keys are detectron2's dotted ones. PIXEL_MEAN and PIXEL_STD are in the order of INPUT.FORMAT.
+
+    Raises:
+        InputError: the architecture is none that detectron2's ResNet can hold.
+    """
+    try:
+        layout = layout_of(facts["arch"])
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return {
+        "MODEL.RESNETS.DEPTH": layout.depth,
+        "MODEL.RESNETS.NUM_GROUPS": layout.groups,
+        "MODEL.RESNETS.WIDTH_PER_GROUP": layout.base_width,
+        "MODEL.RESNETS.STRIDE_IN_1X1": bool(facts["stride_in_1x1"]),
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": 256 if layout.bottleneck else 64,
+        "MODEL.RESNETS.STEM_OUT_CHANNELS": STEM_CHANNELS,
+        "MODEL.RESNETS.NORM": "BN",
+        "MODEL.PIXEL_MEAN": [float(value) for value in facts["mean"]],
+        "MODEL.PIXEL_STD": [float(value) for value in facts["std"]],
+        "INPUT.FORMAT": facts["channel_order"],
+    }
+
+
+def fixed_image() -> Tensor:
+    """Return 2×3×64×96 RGB bytes: ramps and stripes, the same on every machine, not symmetric."""
+    rows = torch.arange(64).reshape(1, 1, 64, 1)
+    columns = torch.arange(96).reshape(1, 1, 1, 96)
+    channel = torch.arange(3).reshape(1, 3, 1, 1)
+    image = torch.arange(2).reshape(2, 1, 1, 1)
+    pattern = rows * (3 + channel) + columns * (2 + image) + rows * columns // 7 + 80 * channel
+    return (pattern % 256).to(torch.uint8)
+
+
+def source_features(
+    state: Mapping[str, Tensor], arch: str, convention: Convention
+) -> dict[str, Tensor]:
+    """Return the source network's maps of the fixed image, N×C×h×w by stage.
+
+    Raises:
+        InputError: the state is not that of ``arch``, or a map is not finite.
+    """
+    network = source_network(state, arch, convention.stride_in_1x1)
+    image = fixed_image().double() / 255
+    if convention.channel_order == "BGR":
+        image = image.flip(1)
+    mean, std = (_column(values) / 255 for values in (convention.mean, convention.std))
+    with torch.inference_mode():
+        maps = network.forward_stages(((image - mean) / std).float())
+    for stage, value in maps.items():
+        if not bool(torch.isfinite(value).all()):
+            raise InputError(f"the source network's {stage} is not finite on an ordinary image")
+    return maps
+
+
+def source_network(state: Mapping[str, Tensor], arch: str, stride_in_1x1: bool = False) -> ResNet:
+    """Build the source network around ``state``, in eval mode, sharing its memory.
+
+    Raises:
+        InputError: tensors are missing or extra.
+    """
+    layout = layout_of(arch)
+    with torch.device("meta"):
+        network = create_model(arch, 1) if arch in ARCHITECTURES else _general(layout)
+    result = network.load_state_dict(dict(state), strict=False, assign=True)
+    absent = [k for k in result.missing_keys if not k.startswith("fc.") and "num_batches" not in k]
+    if absent or result.unexpected_keys:
+        raise InputError(f"{arch}: missing {absent}, unexpected {result.unexpected_keys}")
+    if stride_in_1x1 and layout.bottleneck:
+        for name in ("layer2.0", "layer3.0", "layer4.0"):
+            first: Any = network.get_submodule(name)
+            first.conv1.stride, first.conv2.stride = first.conv2.stride, first.conv1.stride
+    return network.eval()
+
+
+def detectron2_features(path: Path) -> tuple[dict[str, Tensor], int, int]:
+    """Return the maps of detectron2's backbone out of a converted file, and (matched, expected).
+
+    Raises:
+        InputError: detectron2 left a tensor of its backbone unfilled.
+    """
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.config import get_cfg
+    from detectron2.layers import ShapeSpec
+    from detectron2.modeling.backbone import build_resnet_backbone
+
+    settings = backbone_cfg(load_plain(path)["facts"])
+    cfg = get_cfg()
+    cfg.merge_from_list([item for pair in settings.items() for item in pair])
+    cfg.MODEL.RESNETS.OUT_FEATURES = list(STAGES)
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    with torch.device("meta"):
+        backbone = build_resnet_backbone(cfg, ShapeSpec(channels=3))
+    backbone.to_empty(device="cpu").eval()
+    detector = nn.ModuleDict({"bottom_up": backbone})  # the names that a detector would have
+    state = {k: v for k, v in detector.state_dict().items() if "num_batches" not in k}
+    for value in state.values():
+        value.fill_(torch.nan)
+    DetectionCheckpointer(detector).load(str(path))
+    unfilled = [key for key, value in state.items() if bool(torch.isnan(value).any())]
+    if unfilled:
+        raise InputError(
+            f"detectron2 matched {len(state) - len(unfilled)} of {len(state)} backbone tensors; "
+            f"unfilled is {unfilled[0]}"
+        )
+    image = fixed_image().double()
+    if cfg.INPUT.FORMAT == "BGR":
+        image = image.flip(1)
+    image = (image - _column(cfg.MODEL.PIXEL_MEAN)) / _column(cfg.MODEL.PIXEL_STD)
+    with torch.inference_mode():
+        return backbone(image.float()), len(state), len(state)
+
+
+def compare(reference: Mapping[str, Tensor], maps: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return max |a − b| / max |a| per stage, infinite where shapes differ or b is not finite."""
+    differences = {}
+    for stage, a in reference.items():
+        b = maps.get(stage)
+        if b is None or a.shape != b.shape or not bool(torch.isfinite(b).all()):
+            differences[stage] = float("inf")
+            continue
+        difference, scale = float((a - b).abs().max()), float(a.abs().max())
+        differences[stage] = difference / scale if scale else difference
+    return differences
+
+
+def _check_detectron2(path: Path, reference: Mapping[str, Tensor]) -> Parity:
+    maps, matched, expected = detectron2_features(path)
+    return _judged(Parity(compare(reference, maps), matched, expected))
+
+
+def _check_torchvision(path: Path, reference: Mapping[str, Tensor]) -> Parity:
+    from torchvision.models.resnet import BasicBlock, Bottleneck
+    from torchvision.models.resnet import ResNet as TorchvisionResNet
+
+    content = load_plain(path)
+    facts, state = content["facts"], content["model"]
+    spec = _specification(layout_of(facts["arch"]))
+    with torch.device("meta"):
+        network = TorchvisionResNet(
+            BasicBlock if spec.block == "basic" else Bottleneck,
+            list(spec.layers),
+            groups=spec.groups,
+            width_per_group=spec.base_width,
+        )
+    result = network.load_state_dict(state, strict=False, assign=True)
+    absent = [k for k in result.missing_keys if not k.startswith("fc.") and "num_batches" not in k]
+    if absent or result.unexpected_keys:
+        raise InputError(f"torchvision: missing {absent}, unexpected {result.unexpected_keys}")
+    network.eval()
+    image = (fixed_image().double() - _column(facts["mean"])) / _column(facts["std"])
+    with torch.inference_mode():
+        x = network.maxpool(network.relu(network.bn1(network.conv1(image.float()))))
+        maps = {}
+        for name, stage in zip(STAGES, ("layer1", "layer2", "layer3", "layer4"), strict=True):
+            x = maps[name] = getattr(network, stage)(x)
+    return _judged(Parity(compare(reference, maps), len(state), len(state), "torchvision"))
+
+
+def _judged(parity: Parity) -> Parity:
+    worst = max(parity.differences, key=lambda stage: parity.differences[stage])
+    if not parity.differences[worst] <= TOLERANCE:
+        raise InputError(
+            f"the converted weights do not compute the same: {worst} differs by "
+            f"{parity.differences[worst]:.1e}, allowed is {TOLERANCE:.0e}; nothing was written"
+        )
+    return parity
+
+
+def _convention(facts: Mapping[str, Any]) -> Convention:
+    mean, std = tuple(facts["mean"]), tuple(facts["std"])
+    return Convention(mean, std, facts["channel_order"], facts["stride_in_1x1"])
+
+
+def _specification(layout: Layout) -> Architecture:
+    kind = "bottleneck" if layout.bottleneck else "basic"
+    return Architecture(
+        kind, BLOCKS[layout.depth], groups=layout.groups, base_width=layout.base_width
+    )
+
+
+def _general(layout: Layout) -> ResNet:
+    return ResNet(layout.arch, _specification(layout), 1)
+
+
+def _column(values: Any) -> Tensor:
+    """Return 1×3×1×1; float64, so that 0…1 and 0…255 arithmetic round to the same float32."""
+    return torch.tensor(list(values), dtype=torch.float64).reshape(1, 3, 1, 1)

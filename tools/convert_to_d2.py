@@ -1,0 +1,67 @@
+#!/usr/bin/env python3
+"""Convert a checkpoint to detectron2 weights, and prove that both compute the same features.
+
+tools/convert_to_d2.py ckpt.pth                    # writes ckpt_d2.pth beside it
+tools/convert_to_d2.py ckpt.pth --output out.pth --format moco
+tools/convert_to_d2.py torchvision:resnet50        # weights that are on this machine already
+tools/convert_to_d2.py ckpt_d2.pth --to torchvision
+tools/convert_to_d2.py --list-formats
+"""
+
+import _checkout  # isort:skip
+
+import argparse
+from typing import NoReturn
+
+from convert.sources import SOURCES
+from core.errors import InputError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see --help)")
+
+
+def parse() -> argparse.Namespace:
+    """Return the command line's arguments."""
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", help="a file, timm:NAME or torchvision:NAME")
+    parser.add_argument("--output", help="default: ckpt_d2.pth beside ckpt.pth")
+    parser.add_argument("--format", help="insist on one of --list-formats")
+    parser.add_argument("--to", default="detectron2", choices=("detectron2", "torchvision"))
+    parser.add_argument("--drop", action="append", default=[], metavar="NAME",
+                        help="also leave behind what has this name or lies below it")  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace another source's output")
+    parser.add_argument("--list-formats", action="store_true", help="print the formats and stop")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Convert, prove, and print what was recognised and how well it agrees."""
+    arguments = parse()
+    if arguments.list_formats:
+        for source in SOURCES:
+            request = " (only with --format)" if source.on_request else ""
+            print(f"{source.name:16} {source.about}{request}")
+        return
+    if arguments.checkpoint is None:
+        raise InputError("no checkpoint given; write tools/convert_to_d2.py ckpt.pth")
+
+    from convert.d2 import convert, summary
+    from detection.parity import proof, proof_of_way_back
+
+    conversion = convert(
+        arguments.checkpoint,
+        arguments.output,
+        format=arguments.format,
+        to=arguments.to,
+        drop=arguments.drop,
+        overwrite=arguments.overwrite,
+        prove=proof if arguments.to == "detectron2" else proof_of_way_back,
+    )
+    print("\n".join([*summary(conversion.facts), *conversion.proof.lines()]))
+    print(f"wrote     {conversion.output}")
+
+
+if __name__ == "__main__":
+    _checkout.run(main)
