@@ -29,6 +29,10 @@ NAMED_FAILURES = 5  # unreadable images that an error names; all are counted
 HEAD = "fc."  # keys of the classifier, which no feature depends on
 
 
+class NonFiniteFeatures(InputError):
+    """Features hold NaN or infinity: the weights are spoilt, or a training has diverged."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Features:
     """What a frozen network makes of one split."""
@@ -80,8 +84,8 @@ def extract(
         description: heads the progress line; "": no progress is shown.
 
     Raises:
-        InputError: images that cannot be read (named and counted; nothing is left out silently),
-            or features that are not finite.
+        InputError: images that cannot be read (named and counted; nothing is left out silently).
+        NonFiniteFeatures: an InputError too.
     """
     device = torch.device(device)
     spec = inputs or InputSpec(dataset.mean, dataset.std)
@@ -270,7 +274,7 @@ def _gather(mine: Tensor, index: Tensor, total: int, device: torch.device) -> tu
 def _check_finite(features: Tensor, dataset: IndexedDataset) -> None:
     bad = (~torch.isfinite(features).all(1)).nonzero().flatten()
     if len(bad):
-        raise InputError(
+        raise NonFiniteFeatures(
             f"{len(bad)} of the {len(features)} features of {dataset.name} {dataset.split} hold "
             f"NaN or infinity (first: image {int(bad[0])}); are the weights sound, and the mean "
             "and std those they were trained with?"

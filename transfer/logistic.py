@@ -177,7 +177,7 @@ class _Lbfgs:
             self.iterations += 1
 
     def _step(self, direction: Tensor, slope: float) -> bool:
-        """Move along ``direction`` to where the slope nearly vanishes; False if that is no lower."""
+        """Move along ``direction`` to where the slope nearly vanishes; False if none is lower."""
         along = self._logits(direction)
         low, low_slope, high, high_slope = 0.0, slope, math.inf, math.inf
         t = 1.0

@@ -1,0 +1,119 @@
+#!/usr/bin/env python3
+"""Judge pretrained weights by transfer: linear probe, k-NN, few-shot or fine-tuning.
+
+tools/run_transfer.py --config transfer/cub200_linear.yaml --weights ckpt.pth
+tools/run_transfer.py --config transfer/cub200_finetune.yaml --weights moco_v2_800ep.pth.tar
+torchrun --nproc-per-node 8 tools/run_transfer.py …      # features and training on all GPUs
+
+Weights are a checkpoint of this suite or any that tools/convert_to_d2.py recognises. Each number
+becomes a row of OUTPUT/results.jsonl.
+"""
+
+import _checkout  # isort:skip
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from core import dist
+from core.config import ROOT, load_config
+from core.errors import InputError
+
+if TYPE_CHECKING:
+    from core.results import ResultRow
+    from transfer.backbone import Backbone
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see --help)")
+
+
+def parse() -> argparse.Namespace:
+    """Return the command line's arguments."""
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a file, or a name under configs/")
+    parser.add_argument("--weights", required=True, help="a file, timm:NAME or torchvision:NAME")
+    parser.add_argument("--init", default="", help="how rows name the weights; default: their own")
+    parser.add_argument("--format", help="insist on a format of tools/convert_to_d2.py")
+    parser.add_argument("--output", help="default: runs/transfer/CONFIG/INIT_WEIGHTS")
+    parser.add_argument("--resume", action="store_true", help="go on with a cut fine-tuning")
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="changes to the config")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Evaluate, and print one line for each number."""
+    arguments = parse()
+    from core.loop import STOPPED_STATUS, NonFiniteLoss, Stopped
+    from transfer.config import TransferConfig
+    from transfer.run import run
+
+    config = load_config(TransferConfig, arguments.config, arguments.overrides, "transfer")
+    weights = read_weights(arguments.weights, arguments.init, arguments.format)
+    name = f"{weights.init}_{weights.sha256[:8]}"
+    default = ROOT / "runs" / "transfer" / Path(arguments.config).stem / name
+    output = Path(arguments.output).expanduser() if arguments.output else default
+    try:
+        rows = run(config, weights, output, arguments.resume)
+        if dist.is_main():
+            print("\n".join([*map(_line, rows), f"rows: {output / 'results.jsonl'}"]))
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return STOPPED_STATUS
+    except NonFiniteLoss as error:
+        raise InputError(f"{error}; take a smaller finetune.lr") from None
+    finally:
+        dist.shutdown()
+    return 0
+
+
+def read_weights(path: str, init: str, format: str | None) -> "Backbone":
+    """Return the backbone in a file: of this suite, or of any format that convert recognises.
+
+    Raises:
+        InputError: missing, damaged, holding code, or no image backbone.
+    """
+    from convert import layouts, reading, zoo
+    from convert.backbone import read_backbone
+    from core.checkpoint import is_ours, load_checkpoint
+    from core.resnet import Architecture
+    from core.results import sha256_of
+    from transfer import backbone
+
+    if not path.startswith(zoo.PREFIXES) and is_ours(reading.read(path)):
+        return backbone.from_checkpoint(load_checkpoint(path), sha256_of(path), init)
+    found = read_backbone(path, format=format)
+    layout = layouts.layout_of(found.arch)
+    blocks = "bottleneck" if layout.bottleneck else "basic"
+    return backbone.from_tensors(
+        found.arch,
+        found.state,
+        found.convention.mean,
+        found.convention.std,
+        channel_order=found.convention.channel_order,
+        stride_in_1x1=found.convention.stride_in_1x1,
+        sha256=found.source_sha256,
+        path=found.source_path,
+        init=init or found.origin.get("method", found.source_format),
+        origin=found.origin,
+        spec=Architecture(
+            blocks,
+            layouts.BLOCKS[layout.depth],
+            groups=layout.groups,
+            base_width=layout.base_width,
+        ),
+    )
+
+
+def _line(row: "ResultRow") -> str:
+    selection = "" if row.selection == "last" else f", {row.selection}"
+    return (
+        f"{row.init} seed {row.seed}  {row.protocol}  {row.dataset}/{row.split}  {row.metric} "
+        f"{row.value:.2f}{row.unit}{selection}"
+    )
+
+
+if __name__ == "__main__":
+    _checkout.run(main)

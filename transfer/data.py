@@ -1,0 +1,147 @@
+"""Parts of a data set, two splits as one, and epochs of a given number of steps.
+
+N images, B images of a global batch.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from core.datasets import (
+    DataConfig,
+    IndexedDataset,
+    hold_out,
+    open_dataset,
+    report_split,
+    splits_of,
+)
+from core.errors import InputError
+from core.features import InputSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """What a transfer works on; everything is chosen on ``val``, and ``test`` is used once."""
+
+    train: IndexedDataset  # the whole training split, without the official val split
+    val: IndexedDataset | None  # the official val split, where it is not what is reported on
+    test: IndexedDataset  # the split that the field reports on
+
+    @property
+    def classes(self) -> int:
+        """K."""
+        return len(self.test.classes)
+
+
+def open_splits(cfg: DataConfig, seed: int) -> Splits:
+    """Open the official splits of a data set, in evaluation view or augmented on request.
+
+    Raises:
+        InputError: no data, no split to report on, classes that differ between splits or have no
+            image to learn from or, where it is needed, to be judged on.
+    """
+    reported = report_split(cfg)
+    available = splits_of(cfg)
+    if "train" not in available or reported == "train":
+        raise InputError(
+            f"{cfg.name} has only {' and '.join(available)}: a transfer needs a train split and a "
+            "test or val split"
+        )
+    cfg = dataclasses.replace(cfg, val_fraction=0.0)
+    val = "val" if "val" in available and reported != "val" else None
+    splits = Splits(
+        open_dataset(cfg, "train", train=True, seed=seed),
+        open_dataset(cfg, val, train=True, seed=seed) if val else None,
+        open_dataset(cfg, reported),
+    )
+    _check_classes(splits)
+    return splits
+
+
+def subset(dataset: IndexedDataset, positions: Tensor, cfg: DataConfig) -> IndexedDataset:
+    """Return the images at ``positions`` as a data set with their own indices 0..n-1."""
+    source = dataset.source.subset(positions)
+    train = dataset.augmentation != "none"
+    return IndexedDataset(source, cfg, dataset.name, dataset.split, train, dataset.seed)
+
+
+def joined(first: IndexedDataset, second: IndexedDataset, cfg: DataConfig) -> IndexedDataset:
+    """Return the images of both data sets, those of ``first`` first."""
+    a, b = first.source, second.source
+    if isinstance(a.images, Tensor) and isinstance(b.images, Tensor):
+        images: Any = torch.cat([a.images, b.images])
+    else:
+        images = [*a.images, *b.images]
+    source = dataclasses.replace(a, images=images, labels=torch.cat([a.labels, b.labels]))
+    name = f"{first.split}+{second.split}"
+    train = first.augmentation != "none"
+    return IndexedDataset(source, cfg, first.name, name, train, first.seed)
+
+
+def fit_and_held_out(
+    splits: Splits, fraction: float, cfg: DataConfig
+) -> tuple[IndexedDataset, IndexedDataset]:
+    """Return what a choice may learn from and what it is made on: never the test split."""
+    if splits.val is not None:
+        return splits.train, splits.val
+    kept, held = hold_out(splits.train.labels, fraction)
+    return subset(splits.train, kept, cfg), subset(splits.train, held, cfg)
+
+
+class SteppedDataset(Dataset[Any]):
+    """A data set whose epochs have exactly ``steps`` batches of B images, however large it is.
+
+    The stream of images runs through the data set again and again; epoch e is its e-th stretch of
+    steps × B. So a recipe of 5,000 steps is 20 epochs of 250, each saved at its end. Augmentation
+    is a function of (seed, pass through the data set, index), as always.
+    """
+
+    def __init__(
+        self, dataset: IndexedDataset, steps: int, batch_size: int, inputs: InputSpec | None = None
+    ) -> None:
+        self.dataset, self.batch_size, self.length = dataset, batch_size, steps * batch_size
+        self.mean = dataset.mean if inputs is None else inputs.mean
+        self.std = dataset.std if inputs is None else inputs.std
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Any, int]:
+        epoch, position = key
+        passes, index = divmod(epoch * self.length + position, len(self.dataset))
+        return self.dataset[passes, index]
+
+
+def _check_classes(splits: Splits) -> None:
+    train, test = splits.train, splits.test
+    if list(train.classes) != list(test.classes):
+        raise InputError(
+            f"{train.name}: train has {len(train.classes)} classes and {test.split} has "
+            f"{len(test.classes)}, or their names differ; both must list the same classes"
+        )
+    if len(train.classes) < 2:
+        raise InputError(f"{train.name} has {len(train.classes)} class; a probe needs at least 2")
+    empty = _classes_without_images(train)
+    if empty:
+        raise InputError(
+            f"class {empty[0]!r} of {train.name} has no image in train ({len(empty)} such "
+            "classes): nothing can be learnt of it"
+        )
+    empty = _classes_without_images(test)
+    if empty and test.metric != "top1":
+        raise InputError(
+            f"class {empty[0]!r} of {test.name} has no image in {test.split} ({len(empty)} such "
+            f"classes): {test.metric} is not defined"
+        )
+
+
+def _classes_without_images(dataset: IndexedDataset) -> list[str]:
+    labels = dataset.labels
+    if labels.ndim == 2:
+        counts = (labels == 1).sum(0)
+    else:
+        counts = torch.bincount(labels, minlength=len(dataset.classes))
+    return [name for name, count in zip(dataset.classes, counts.tolist()) if count == 0]

@@ -1,0 +1,208 @@
+"""The protocols by name: each takes a backbone on a data set and gives one or more numbers.
+
+Shapes: N images, D feature dimensions, K classes.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core import dist
+from core.config import to_dict
+from core.datasets import IndexedDataset
+from core.errors import InputError
+from core.features import CACHE_DIR, DTYPES, Features, cached
+from core.results import config_hash
+from transfer import fewshot, finetune, knn, linear
+from transfer.backbone import Backbone
+from transfer.config import TransferConfig
+from transfer.data import Splits
+from transfer.metrics import METRICS
+from transfer.released import released_probe
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """One number of one protocol, before it becomes a row."""
+
+    protocol: str
+    value: float
+    selection: str
+    details: dict[str, Any]
+
+
+class Transfer:
+    """What the protocols of one run share: splits, features (computed once), seed."""
+
+    def __init__(
+        self,
+        config: TransferConfig,
+        backbone: Backbone,
+        splits: Splits,
+        seed: int,
+        output: Path,
+        resume: bool,
+    ) -> None:
+        self.config, self.backbone, self.splits = config, backbone, splits
+        self.seed, self.output, self.resume = seed, output, resume
+        self.device = dist.init(config.loop.device)
+        self._features: dict[str, Features] = {}
+
+    def features(self, part: str) -> tuple[Tensor, Tensor]:
+        """Return features N×D and labels of "train", "val" or "test", on the device."""
+        if part not in self._features:
+            self._features[part] = self._extract(getattr(self.splits, part), part)
+        found = self._features[part]
+        return found.features.float().to(self.device), found.labels.to(self.device)
+
+    def learnable(self) -> tuple[Tensor, Tensor]:
+        """Return features and labels of all that may be learnt from: train, and val where it is."""
+        features, labels = self.features("train")
+        if self.splits.val is None:
+            return features, labels
+        more, more_labels = self.features("val")
+        return torch.cat([features, more]), torch.cat([labels, more_labels])
+
+    def single_label(self, method: str) -> None:
+        """Refuse a data set with several labels an image.
+
+        Raises:
+            InputError: it is one.
+        """
+        if self.splits.train.labels.ndim == 2:
+            raise InputError(
+                f"{method} needs one label an image, and {self.splits.train.name} has several"
+            )
+
+    def _extract(self, dataset: IndexedDataset, part: str) -> Features:
+        how = self.config.features
+        folder = None if how.cache == "none" else Path(how.cache or CACHE_DIR).expanduser()
+        return cached(
+            self.backbone.model,
+            dataset,
+            self.device,
+            how.batch_size,
+            how.amp,
+            self.config.data.workers,
+            dtype=DTYPES[how.dtype],
+            inputs=self.backbone.inputs,
+            description=f"features of {dataset.name} {part}",
+            folder=folder,
+        )
+
+
+def _linear(unit: Transfer) -> list[Outcome]:
+    val = None if unit.splits.val is None else unit.features("val")
+    probe = linear.linear_probe(
+        unit.features("train"),
+        unit.features("test"),
+        unit.splits.classes,
+        unit.config.linear,
+        unit.splits.test.metric,
+        val,
+        unit.device,
+    )
+    details = {
+        "c": probe.c,
+        "held_out_score": round(probe.held_out_score, 4),
+        "at_grid_edge": probe.at_grid_edge,
+        "iterations": probe.fit.iterations,
+        "converged": probe.fit.converged,
+    }
+    return [Outcome(unit.config.protocol or "linear", probe.score, _selection(unit), details)]
+
+
+def _knn(unit: Transfer) -> list[Outcome]:
+    unit.single_label("knn")
+    how = unit.config.knn
+    reference, labels = unit.learnable()
+    if max(how.neighbours) > len(labels):
+        raise InputError(
+            f"knn.neighbours has {max(how.neighbours)}, but there are {len(labels)} images to "
+            "learn from"
+        )
+    queries, targets = unit.features("test")
+    scores = knn.knn_scores(
+        queries, reference, labels, unit.splits.classes, how.neighbours, how.temperature
+    )
+    metric = METRICS[unit.splits.test.metric]
+    return [
+        Outcome(
+            f"knn_{k}", metric(s.cpu(), targets.cpu()), "last", {"temperature": how.temperature}
+        )
+        for k, s in scores.items()
+    ]
+
+
+def _few_shot(unit: Transfer) -> list[Outcome]:
+    unit.single_label("few_shot")
+    how = unit.config.few_shot
+    metric = METRICS[unit.splits.test.metric]
+    train, (test, targets) = unit.learnable(), unit.features("test")
+    outcomes = []
+    for shots in how.shots:
+        try:
+            found = fewshot.few_shot(
+                train, (test, targets), unit.splits.classes,
+                lambda scores, labels: metric(scores.cpu(), labels.cpu()),
+                shots, how.draws, how.c, unit.seed,
+            )  # fmt: skip
+        except ValueError as error:
+            raise InputError(f"few_shot on {unit.splits.train.name}: {error}") from None
+        details = {"c": how.c, "draws": found.draws, "interval_95": found.half_width}
+        outcomes.append(Outcome(f"few_shot_{shots}", found.mean, "last", details))
+    return outcomes
+
+
+def _released(unit: Transfer) -> list[Outcome]:
+    how = unit.config.released
+    scores = released_probe(
+        unit.backbone.model, unit.splits.train, unit.splits.test, how, unit.backbone.inputs,
+        seed=unit.seed, device=unit.device, workers=unit.config.data.workers,
+    )  # fmt: skip
+    best = max(range(len(scores)), key=scores.__getitem__)
+    details = {
+        "flag": "as released: BatchNorm in train mode, the best epoch chosen on the test split",
+        "best_epoch": best + 1,
+        "last_epoch_score": scores[-1],
+        **dataclasses.asdict(how),
+    }
+    name = unit.config.protocol or "linear"
+    return [Outcome(f"{name}_released", scores[best], "best on test", details)]
+
+
+def _finetune(unit: Transfer) -> list[Outcome]:
+    config = unit.config
+    relevant = {k: v for k, v in to_dict(config).items() if k in ("data", "finetune", "loop")}
+    job = finetune.Job(
+        unit.backbone, config.finetune, config.loop, config.data, unit.seed, unit.device,
+        f"{unit.backbone.sha256} {config_hash(relevant)} seed {unit.seed}", unit.resume,
+    )  # fmt: skip
+    tuned = finetune.finetune(job, unit.splits, unit.output / "finetune")
+    details = {
+        "lr": tuned.lr,
+        "weight_decay": tuned.weight_decay,
+        "steps": tuned.steps,
+        "batch_size": config.loop.batch_size,
+        "amp": config.loop.amp,
+        "tried": tuned.tried,
+    }
+    selection = _selection(unit) if tuned.tried else "last"
+    return [Outcome(config.protocol or "finetune", tuned.score, selection, details)]
+
+
+def _selection(unit: Transfer) -> str:
+    return "best on held-out train" if unit.splits.val is None else "best on val"
+
+
+METHODS: dict[str, Callable[[Transfer], list[Outcome]]] = {
+    "linear": _linear,  # features once, logistic regression
+    "knn": _knn,
+    "few_shot": _few_shot,
+    "released": _released,  # the paper code's probe, for comparison
+    "finetune": _finetune,
+}

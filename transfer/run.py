@@ -1,0 +1,85 @@
+"""One transfer: a backbone, a data set, its protocols; result rows come out."""
+
+import time
+from pathlib import Path
+
+from core import dist
+from core.config import save_config, to_dict
+from core.errors import InputError
+from core.results import ResultRow, append_rows, config_hash
+from transfer.backbone import Backbone
+from transfer.config import TransferConfig, check
+from transfer.data import open_splits
+from transfer.protocols import METHODS, Outcome, Transfer
+
+
+def run(
+    config: TransferConfig, backbone: Backbone, output: Path, resume: bool = False
+) -> list[ResultRow]:
+    """Evaluate a backbone and append its rows to ``output/results.jsonl``; returns them.
+
+    Every rank of a group calls it; the first one writes.
+
+    Raises:
+        InputError: a config, data set or checkpoint that cannot be used; nothing is written.
+    """
+    unknown = [method for method in config.methods if method not in METHODS]
+    if unknown or not config.methods:
+        wrong = repr(unknown[0]) if unknown else "nothing"
+        raise InputError(f"methods names {wrong}; known are {', '.join(METHODS)}")
+    check(config)
+    seed = backbone.seed if config.seed < 0 else config.seed
+    splits = open_splits(config.data, seed)
+    unit = Transfer(config, backbone, splits, seed, output, resume)
+    begun = (output / "finetune").exists()
+    dist.barrier()  # before any rank makes that folder
+    if "finetune" in config.methods and begun and not resume:
+        raise InputError(
+            f"{output / 'finetune'} holds a training already: say --resume to go on with it, or "
+            "give another --output"
+        )
+    rows: list[ResultRow] = []
+    for method in config.methods:
+        started = time.monotonic()
+        outcomes = METHODS[method](unit)
+        seconds = round(time.monotonic() - started, 2)
+        rows += [_row(unit, outcome, seconds) for outcome in outcomes]
+    if dist.is_main():
+        output.mkdir(parents=True, exist_ok=True)
+        save_config(config, output / "config.yaml")
+        append_rows(output / "results.jsonl", rows)
+    return rows
+
+
+def _row(unit: Transfer, outcome: Outcome, seconds: float) -> ResultRow:
+    """Return the result row of an outcome."""
+    config, test, backbone = unit.config, unit.splits.test, unit.backbone
+    limited = f"_limit{config.data.limit}" if config.data.limit else ""
+    details = {
+        "image_size": test.image_size,
+        "train_images": len(unit.splits.train) + len(unit.splits.val or ()),
+        "test_images": len(test),
+        "arch": backbone.model.arch,
+        "pretrained_on": backbone.dataset,
+        "pretrain_seed": backbone.seed,
+        "world_size": dist.world_size(),
+        "seconds": seconds,
+    }
+    return ResultRow(
+        step="transfer",
+        protocol=outcome.protocol + limited,
+        dataset=test.name,
+        split=test.split,
+        metric=test.metric,
+        value=outcome.value,
+        unit="%",
+        init=backbone.init,
+        seed=unit.seed,
+        epoch=backbone.epoch,
+        selection=outcome.selection,
+        weights=backbone.sha256,
+        weights_path=backbone.path,
+        config=config_hash(to_dict(config)),
+        run=str(unit.output),
+        details=details | outcome.details,
+    )
