@@ -22,14 +22,12 @@ _ONE = 14  # sines are scaled by 2^14
 SINE = np.array([round((1 << _ONE) * math.sin(2 * math.pi * k / TURN)) for k in range(TURN)])
 
 TEXTURES = ("plain", "striped", "dotted", "checked")
-PALETTE = np.array(  # RGB; bright, dark, warm and cold in turn
-    [
+PALETTE = (  # RGB; bright, dark, warm and cold in turn
         (230, 57, 70), (29, 53, 87), (244, 162, 97), (42, 157, 143), (233, 196, 106),
         (94, 84, 142), (241, 250, 238), (69, 123, 157), (188, 108, 37), (96, 108, 56),
         (255, 175, 204), (53, 80, 112), (181, 23, 158), (76, 201, 240), (33, 37, 41),
         (144, 190, 109), (249, 65, 68), (205, 180, 219), (255, 183, 3), (0, 95, 115),
         (224, 225, 221), (120, 0, 0), (2, 48, 71), (202, 210, 197),
-    ]
 )  # fmt: skip
 
 
@@ -144,21 +142,25 @@ def light(rows: slice, columns: slice, angle: int, extent: int) -> np.ndarray:
     return np.clip(ramp, 0, LEVELS - 1).astype(np.uint8)
 
 
-def colour(dice: Dice, jitter: int = 24) -> np.ndarray:
+def colour(dice: Dice, jitter: int = 24) -> list[int]:
     """Return an RGB colour near one of the palette's, 3 integers in 0..255."""
-    shift = [dice.between(-jitter, jitter) for _ in range(3)]
-    return np.clip(PALETTE[dice.below(len(PALETTE))] + shift, 0, 255)
+    near = PALETTE[dice.below(len(PALETTE))]
+    return [min(max(part + dice.between(-jitter, jitter), 0), 255) for part in near]
+
+
+def brightness(rgb: Sequence[int]) -> int:
+    """Return the luma (BT.601) of an RGB colour, 0..255."""
+    return (77 * rgb[0] + 151 * rgb[1] + 28 * rgb[2]) >> 8
 
 
 def colour_pair(dice: Dice, contrast: int = 60) -> np.ndarray:
     """Return two colours whose brightness differs by at least ``contrast`` of 255, 2×3."""
     first = colour(dice)
-    brightness = int(first @ (77, 151, 28)) >> 8
     for _ in range(16):
         second = colour(dice)
-        if abs((int(second @ (77, 151, 28)) >> 8) - brightness) >= contrast:
-            return np.stack([first, second])
-    return np.stack([first, np.full(3, 255 if brightness < 128 else 0)])
+        if abs(brightness(second) - brightness(first)) >= contrast:
+            return np.array([first, second])
+    return np.array([first, [255] * 3 if brightness(first) < 128 else [0] * 3])
 
 
 def paint(
@@ -211,13 +213,13 @@ def clutter(canvas: np.ndarray, dice: Dice, at: tuple[int, int], radius: int) ->
     radii = [UNIT * dice.between(35, 100) // 100 for _ in range(corners)]
     shard = place(radial(radii), at, radius, dice.between(10, 24), dice.below(TURN))
     if kind == 0:
-        cv2.fillPoly(canvas, [shard], ink.tolist(), cv2.LINE_8, SUB)
+        cv2.fillPoly(canvas, [shard], ink, cv2.LINE_8, SUB)
     elif kind == 1:
         end = [(p + (dice.between(-4, 4) << SUB)) for p in shard[0].tolist()]
         thick = max(radius // 5, 1)
-        cv2.line(canvas, shard[1].tolist(), end, ink.tolist(), thick, cv2.LINE_8, SUB)
+        cv2.line(canvas, shard[1].tolist(), end, ink, thick, cv2.LINE_8, SUB)
     elif kind == 2:
-        cv2.polylines(canvas, [shard], True, ink.tolist(), max(radius // 8, 1), cv2.LINE_8, SUB)
+        cv2.polylines(canvas, [shard], True, ink, max(radius // 8, 1), cv2.LINE_8, SUB)
     else:
         paint(canvas, shard, TEXTURES[dice.below(4)], colour_pair(dice), dice, radius)
 

@@ -20,7 +20,7 @@ SEED = 2022  # of the data; a run's seed does not touch it
 SILHOUETTES: dict[str, np.ndarray] = {
     "disc": drawing.radial([UNIT] * 32),
     "triangle": drawing.radial([UNIT] * 3),
-    "square": drawing.radial([UNIT] * 4),
+    "square": np.array([(-800, -800), (800, -800), (800, 800), (-800, 800)]),
     "star": drawing.radial([UNIT, UNIT * 2 // 5] * 5),
     "cross": np.array(
         [(-320, -960), (320, -960), (320, -320), (960, -320), (960, 320), (320, 320),
@@ -53,16 +53,16 @@ def scene(label: int, size: int, dice: Dice) -> np.ndarray:
     shape, pattern = list(SILHOUETTES)[label // len(TEXTURES)], TEXTURES[label % len(TEXTURES)]
     side = size * FINE
     canvas = drawing.background(dice, side, side)
-    for _ in range(dice.between(3, 7)):
+    for _ in range(dice.between(2, 6)):
         at = (dice.below(side), dice.below(side))
         drawing.clutter(canvas, dice, at, side * dice.between(5, 14) // 100)
-    radius = side * dice.between(17, 36) // 100
+    radius = side * dice.between(20, 40) // 100
     margin = radius * 3 // 4
     centre = (dice.between(margin, side - margin), dice.between(margin, side - margin))
-    angle, aspect = dice.below(TURN), dice.between(12, 21)
+    angle, aspect = dice.between(-TURN // 8, TURN // 8), dice.between(13, 20)
     polygon = drawing.place(SILHOUETTES[shape], centre, radius, aspect, angle)
     drawing.paint(canvas, polygon, pattern, drawing.colour_pair(dice), dice, radius)
-    for _ in range(dice.below(4)):  # in front of the object, at its rim
+    for _ in range(dice.below(3)):  # in front of the object, at its rim
         out, way = radius * dice.between(40, 110) // 100, dice.below(TURN)
         at = (
             centre[0] + (out * drawing.cosine(way) >> 14),
