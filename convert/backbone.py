@@ -35,7 +35,8 @@ class Backbone:
     source_format: str
     source_path: str
     source_sha256: str
-    dropped: tuple[str, ...]
+    dropped: tuple[str, ...]  # names of tensors that stood beside the backbone's
+    aside: tuple[str, ...]  # what else the file held: epoch, optimizer, momentum model, …
     counters: int  # num_batches_tracked that were left behind
     origin: dict[str, Any]  # what the checkpoint says of itself: method, epoch, seed, …
 
@@ -53,14 +54,23 @@ class Backbone:
             "tensors": len(self.state),
             "dropped": list(self.dropped),
             "dropped_batch_counters": self.counters,
+            "set_aside": list(self.aside),
             **self.origin,
         }
 
 
 def read_backbone(
-    path: str | Path, *, format: str | None = None, drop: Sequence[str] = ()
+    path: str | Path,
+    *,
+    format: str | None = None,
+    drop: Sequence[str] = (),
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Backbone:
     """Read, recognise and check a checkpoint of any known format.
+
+    ``mean`` and ``std``, on 0…255 in the format's channel order, are for weights that were trained
+    with others than their format's usual ones; a file that states its own is not overruled.
 
     Raises:
         InputError: missing, damaged, holding code, unrecognised, ambiguous, incomplete, misshapen,
@@ -81,14 +91,18 @@ def read_backbone(
     if facts.get("arch", layout.arch) != layout.arch:
         raise InputError(f"{name}: it calls itself {facts['arch']}, but is a {layout.arch}")
     convention = located.convention if located else found.source.convention
+    convention = _convention(facts, convention, name)
+    if mean is not None or std is not None:
+        convention = _overridden(convention, mean, std, stated="mean" in facts)
     return Backbone(
         arch=layout.arch,
         state={key: _float32(value) for key, value in state.items()},
-        convention=_convention(facts, convention, name),
+        convention=convention,
         source_format=found.source.name if located is None else name.partition(":")[0],
         source_path=name,
         source_sha256=sha256_of(file),
         dropped=found.dropped,
+        aside=found.aside,
         counters=found.counters,
         origin={key: facts[key] for key in KEPT if key in facts},
     )
@@ -173,6 +187,26 @@ def _convention(facts: Mapping[str, Any], otherwise: Convention, name: str) -> C
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0 or order not in ("RGB", "BGR"):
         raise InputError(damaged)
     return Convention((*mean,), (*std,), order, bool(stride))
+
+
+def _overridden(
+    convention: Convention,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    stated: bool,
+) -> Convention:
+    """Return the convention with the user's mean and std in place of the format's usual ones."""
+    if stated:
+        raise InputError("--mean, --std: this checkpoint states its own, which are not overruled")
+    if mean is None or std is None or len(mean) != 3 or len(std) != 3:
+        raise InputError("--mean and --std go together, three numbers each")
+    if min(std) < 1 or min(mean) < 0 or max(mean) > 255:
+        raise InputError(
+            f"--mean {list(mean)} --std {list(std)} are not on the scale 0…255 (ImageNet's are "
+            "123.675 116.28 103.53 and 58.395 57.12 57.375)"
+        )
+    (a, b, c), (x, y, z) = mean, std
+    return dataclasses.replace(convention, mean=(a, b, c), std=(x, y, z))
 
 
 def _check_declared(arch: Any) -> None:

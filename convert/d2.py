@@ -47,6 +47,8 @@ def convert(
     format: str | None = None,
     to: str = "detectron2",
     drop: Sequence[str] = (),
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     overwrite: bool = False,
     prove: Prover | None = None,
 ) -> Conversion:
@@ -58,6 +60,7 @@ def convert(
         format: insist on a format of ``convert.sources``.
         to: "detectron2", or "torchvision" for the way back.
         drop: further name patterns that are no part of the backbone.
+        mean: of the images on 0…255, where it is not the format's usual one; ``std`` likewise.
         overwrite: replace an output that came from another source.
         prove: given the backbone, returns a check of the written file that raises InputError.
             ``detection.parity.proof`` is the one to pass; it is an argument because only
@@ -68,7 +71,7 @@ def convert(
     """
     target = default_output(path, to) if output is None else Path(output)
     _check_target(target, path, to)
-    backbone = read_backbone(path, format=format, drop=drop)
+    backbone = read_backbone(path, format=format, drop=drop, mean=mean, std=std)
     if to == "torchvision":
         backbone = _for_torchvision(backbone)
     _check_overwrite(target, backbone, overwrite)
@@ -218,6 +221,7 @@ def summary(facts: Mapping[str, Any]) -> list[str]:
         f"arch      {facts['arch']}",
         f"tensors   {facts['tensors']}",
         f"dropped   {dropped}",
+        *([f"aside     {', '.join(facts['set_aside'])}"] if facts["set_aside"] else []),
         f"input     {order}, mean {_numbers(facts['mean'])}, std {_numbers(facts['std'])} (0…255)",
         f"stride    in the {'1×1 (MSRA)' if facts['stride_in_1x1'] else '3×3 (torchvision)'}",
     ]

@@ -57,7 +57,7 @@ _NUMPY: tuple[tuple[Any, str], ...] = (
     (np.dtype, "numpy.dtype"),
     *((type(np.dtype(kind)), f"numpy.dtypes.{type(np.dtype(kind)).__name__}") for kind in "fdilq?"),
     (collections.defaultdict, "collections.defaultdict"),
-    (dict, "builtins.dict"),
+    *((kind, f"builtins.{kind.__name__}") for kind in (dict, list, int, float)),
 )
 
 

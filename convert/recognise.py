@@ -39,6 +39,7 @@ class Recognition:
     tensors: dict[str, Any]  # without batch counters
     dropped: tuple[str, ...]  # names, as in the file, of what was left behind
     counters: int  # num_batches_tracked of the backbone, left behind too
+    aside: tuple[str, ...] = ()  # what else the file holds at its top level: epoch, optimizer, …
     stem_bias: Any = None  # Caffe2's conv1_b, which belongs to the backbone but has no name
 
 
@@ -72,8 +73,11 @@ def recognise(content: Any, format: str | None = None, drop: Sequence[str] = ())
     candidates = list(_candidates(content, sources, check=format is None))
     if not candidates:
         raise ValueError(_why_not(content, format))
-    chosen = _agreed(candidates)
-    return _select(chosen, drop)
+    found = _select(_agreed(candidates), drop)
+    if not found.container:
+        return found
+    aside = tuple(str(key) for key in content if key != found.container[0])
+    return dataclasses.replace(found, aside=aside)
 
 
 def _candidates(
@@ -175,7 +179,7 @@ def _select(candidate: _Candidate, drop: Sequence[str]) -> Recognition:
         tensors,
         tuple(dropped),
         counters,
-        stem_bias,
+        stem_bias=stem_bias,
     )
 
 

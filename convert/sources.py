@@ -338,7 +338,7 @@ REFUSALS = (
         r"(^|\.)layer\d\.\d+\.(se|se_module|attn|eca)\.",
         "attention in its blocks (SE, ECA), which detectron2's ResNet has not",
     ),
-    (r"(^|\.)(patch_embed|cls_token|pos_embed|class_token)", "a vision transformer, no ResNet"),
+    (r"(^|\.)(patch_embed|pos_embed|cls_token|class_token)", "a vision transformer, no ResNet"),
     (
         r"(^|\.)layer\d\.\d+\.shortcut\.\d\.",
         "a CIFAR ResNet with shortcut in place of downsample, whose 3×3 stem detectron2 has not",

@@ -83,7 +83,8 @@ def test_the_image_of_a_torchvision_network_is_a_detectron2_network(arch: str) -
 @pytest.mark.parametrize(
     "name",
     ["fc.weight", "layer5.0.conv1.weight", "layer1.0.conv4.weight", "conv2.weight", "bn2.bias",
-     "layer1.00.conv1.weight", "layer1.\u0661.conv1.weight", "layer1.0.conv1.bias", "conv1.weight ", "xconv1.weight",
+     "layer1.00.conv1.weight", "layer1.\u0661.conv1.weight", "layer1.0.conv1.bias", "conv1.weight ",
+     "xconv1.weight",
      "layer1.0.downsample.1.running", "conv1.0.weight", "layer1.0.se.fc1.weight", ""],
 )  # fmt: skip
 def test_what_is_no_backbone_tensor_is_refused_there(name: str) -> None:

@@ -24,15 +24,21 @@ class _Parser(argparse.ArgumentParser):
 
 def parse() -> argparse.Namespace:
     """Return the command line's arguments."""
+    # fmt: off
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", help="a file, timm:NAME or torchvision:NAME")
     parser.add_argument("--output", help="default: ckpt_d2.pth beside ckpt.pth")
     parser.add_argument("--format", help="insist on one of --list-formats")
     parser.add_argument("--to", default="detectron2", choices=("detectron2", "torchvision"))
     parser.add_argument("--drop", action="append", default=[], metavar="NAME",
-                        help="also leave behind what has this name or lies below it")  # fmt: skip
+                        help="also leave behind what has this name or lies below it")
+    for name in ("--mean", "--std"):
+        parser.add_argument(name, type=float, nargs=3, metavar="V",
+                            help="of the images the weights were trained on, on 0…255, in the "
+                            "format's channel order; only where they are not its usual ones")
     parser.add_argument("--overwrite", action="store_true", help="replace another source's output")
     parser.add_argument("--list-formats", action="store_true", help="print the formats and stop")
+    # fmt: on
     return parser.parse_args()
 
 
@@ -56,6 +62,8 @@ def main() -> None:
         format=arguments.format,
         to=arguments.to,
         drop=arguments.drop,
+        mean=arguments.mean,
+        std=arguments.std,
         overwrite=arguments.overwrite,
         prove=proof if arguments.to == "detectron2" else proof_of_way_back,
     )
