@@ -19,9 +19,11 @@ $(VENV): $(VENV)/.done
 $(VENV)/.done: pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else \
 		f"error: Python {v[0]}.{v[1]} is too old, 3.11 or newer is needed; make PYTHON=python3.12")'
+	@echo "setting up $(VENV): a few minutes, torch is large"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(if $(HAS_D2),--system-site-packages) $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(if $(HAS_D2),,-c constraints.txt) ".[dev,fast]"
+	@rm -rf build transfer_suite.egg-info
 	$(BIN)/python -c 'import detectron2' 2>/dev/null || $(MAKE) --no-print-directory detectron2
 	$(BIN)/python -c 'import detectron2, torch, torchvision; print("ready: torch", torch.__version__, \
 		"torchvision", torchvision.__version__, "detectron2", detectron2.__version__)'

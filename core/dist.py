@@ -7,22 +7,41 @@ import torch
 import torch.distributed as td
 from torch import Tensor
 
+from core.errors import InputError
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Return this rank's device.
+
+    Args:
+        name: ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` (by local rank) or ``cuda:N``.
+
+    Raises:
+        InputError: another name, or a GPU that is not there.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    number = {"auto": local_rank, "cuda": local_rank}.get(name, name.removeprefix("cuda:"))
+    if not number.isdigit():
+        raise InputError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N")
+    if int(number) >= torch.cuda.device_count():
+        raise InputError(
+            f"device cuda:{number} is not there: this machine has {torch.cuda.device_count()} GPUs"
+        )
+    return torch.device("cuda", int(number))
+
 
 def init(device: str = "auto") -> torch.device:
-    """Join the group that torchrun describes in the environment, and return this rank's device.
+    """Join the group that torchrun describes in the environment; return ``pick_device(device)``.
 
-    Without torchrun's variables nothing is joined. ``device``: ``auto`` (a GPU where there is one),
-    ``cpu``, ``cuda`` or ``cuda:N``. NCCL on GPUs, gloo on CPU.
+    Without torchrun's variables nothing is joined. NCCL on GPUs, gloo on CPU.
     """
-    use_cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if use_cuda:
-        chosen = torch.device(device if ":" in device else f"cuda:{local_rank}")
+    chosen = pick_device(device)
+    if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    else:
-        chosen = torch.device("cpu")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not td.is_initialized():
-        td.init_process_group("nccl" if use_cuda else "gloo")
+        td.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     return chosen
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from core import dist, resume
+from core import amp, dist, resume
 from core.datasets import EpochSampler, IndexedDataset, normalise, training_loader
 from core.errors import InputError
 from core.progress import Progress
@@ -23,7 +23,6 @@ from core.watch import LossWatch, NonFiniteLoss, StopRequests
 
 __all__ = ["LoopConfig", "NonFiniteLoss", "Objective", "Stage", "Stopped", "train"]
 
-AMP_DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STOPPED_STATUS = 75  # exit status after SIGTERM or SIGUSR1: saved, start again with --resume
 
 
@@ -36,7 +35,7 @@ class LoopConfig:
     nesterov: bool = False
     decay_norm_and_bias: bool = True  # weight decay on 1-d parameters too, as the released code
     clip_grad_norm: float = 0.0  # 0: no clipping
-    amp: str = "none"  # none, bf16, fp16: autocast of the forward pass; losses stay in float32
+    amp: str = "none"  # none, bf16, fp16 autocast, or auto (core.amp); losses stay in float32
     channels_last: bool = True  # memory format of images and weights; faster convolutions
     sync_bn: bool = False  # BatchNorm statistics over all ranks (GPUs only)
     save_every: int = 10  # epochs between checkpoints; epoch 0 and the last are always saved
@@ -235,8 +234,7 @@ class Trainer:
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         self.objective.set_step(position.iteration)
-        dtype = AMP_DTYPES[self.config.amp]
-        with torch.autocast(self.device.type, dtype, enabled=self.config.amp != "none"):
+        with amp.autocast(self.config.amp, self.device):
             losses = self.forward(images, labels, index)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(sum(losses.values(), torch.zeros((), device=self.device))).backward()
@@ -317,8 +315,8 @@ def check(config: LoopConfig, images: int) -> None:
     Raises:
         InputError: naming the key and what would be right.
     """
-    if config.amp not in AMP_DTYPES:
-        raise InputError(f"loop.amp {config.amp!r} is not one of {', '.join(AMP_DTYPES)}")
+    if config.amp not in amp.CHOICES:
+        raise InputError(f"loop.amp {config.amp!r} is not one of {', '.join(amp.CHOICES)}")
     if config.batch_size < 1 or config.batch_size % dist.world_size():
         raise InputError(
             f"loop.batch_size {config.batch_size} must be a multiple of the {dist.world_size()} "

@@ -1,0 +1,267 @@
+"""One pretraining from a config to its run folder: checkpoints per epoch, log, result row.
+
+Shapes: N training images, B images a step over all ranks, S side in pixels, K classes.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from core import amp, checkpoint, dist, loop, resume
+from core.config import save_config, to_dict
+from core.datasets import (
+    DataConfig,
+    IndexedDataset,
+    evaluation_loader,
+    normalise,
+    open_dataset,
+    report_split,
+)
+from core.errors import InputError
+from core.loop import Hooks, LoopConfig, Objective
+from core.resnet import ResNet, create_model
+from core.results import ResultRow, append_rows, code_version, config_hash, sha256_of
+from pretrain.objectives import CTC, CEConfig, CrossEntropy, CTCConfig
+
+METHODS = ("random", "ce", "ctc")
+WITHOUT_EFFECT = {  # keys that a resume may change: no weight depends on them
+    "loop": ("device", "save_every", "resume_every", "eval_every", "log_every"),
+    "data": ("workers", "root"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """A pretraining recipe."""
+
+    method: str = "ce"  # ce, ctc, or random: only the initialisation is saved, as epoch 0
+    arch: str = "resnet50"  # a key of core.resnet.ARCHITECTURES
+    seed: int = 1  # of weights, order, augmentation, negatives
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    ce: CEConfig = dataclasses.field(default_factory=CEConfig)  # read when method is ce
+    ctc: CTCConfig = dataclasses.field(default_factory=CTCConfig)  # read when method is ctc
+    loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Where a pretraining goes, and under which names its number is filed."""
+
+    folder: Path
+    protocol: str  # the recipe's name
+    init: str  # the initialisation's name in tables
+
+
+def pretrain(config: PretrainConfig, run: Run, resume_run: bool = False) -> Path:
+    """Train and return the path of the last checkpoint.
+
+    Raises:
+        InputError: a recipe, data set or folder that does not fit; nothing has been written then.
+    """
+    device = dist.init(config.loop.device)
+    prepare_folder(run.folder, config, resume_run)
+    torch.manual_seed(config.seed)
+    dataset, held_out = open_data(config)
+    objective = build_objective(config, dataset)
+    last = sum(stage.epochs for stage in objective.stages())
+    if dist.is_main():
+        print(describe(config, dataset, last, device), flush=True)
+    if not resume_run:
+        write_config(config, run.folder)
+    path = checkpoint_path(run.folder, last)
+    model: Any = objective.model
+
+    def save_weights(epoch: int) -> None:
+        facts = facts_of(config, dataset, epoch)
+        checkpoint.save_checkpoint(checkpoint_path(run.folder, epoch), model.state_dict(), facts)
+
+    scores: dict[int, float] = {}
+
+    def evaluate(epoch: int) -> dict[str, float]:
+        scores[epoch] = top1(model, held_out, config, device)
+        return {"top1": scores[epoch]}
+
+    def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        return prepared(dataset, config, device)
+
+    loop.train(
+        objective,
+        dataset,
+        config.loop,
+        run.folder,
+        Hooks(save_weights, evaluate, batches),
+        seed=config.seed,
+        device=device,
+        workers=config.data.workers,
+        resume_run=resume_run,
+        fingerprint=fingerprint(config),
+    )
+    if last in scores and dist.is_main():
+        record(config, run, held_out, path, scores[last])
+    elif resume_run and dist.is_main():
+        print(f"{run.folder} was finished already; nothing to do")
+    dist.barrier()
+    return path
+
+
+def plan(config: PretrainConfig, run: Run, resume_run: bool) -> str:
+    """Return what ``pretrain`` would do, after all checks that need no training.
+
+    Raises:
+        InputError: as ``pretrain``.
+    """
+    prepare_folder(run.folder, config, resume_run)
+    dataset, _ = open_data(config)
+    objective = build_objective(config, dataset)
+    loop.check(config.loop, len(dataset))
+    epochs = sum(stage.epochs for stage in objective.stages())
+    sentence = describe(config, dataset, epochs, dist.pick_device(config.loop.device))
+    return f"{yaml.safe_dump(to_dict(config), sort_keys=False)}# {sentence}\n# into {run.folder}"
+
+
+def build_objective(config: PretrainConfig, dataset: IndexedDataset) -> Objective:
+    """Return the method's objective around a fresh network."""
+    if dataset.labels.dim() != 1:
+        raise InputError(f"{dataset.name} has several labels an image; pretraining needs one")
+    model = create_model(config.arch, len(dataset.classes))
+    if config.method == "ctc":
+        return CTC(model, dataset.labels, config.ctc, config.seed)
+    ce = config.ce
+    if config.method == "random":
+        ce = dataclasses.replace(ce, stage=dataclasses.replace(ce.stage, epochs=0))
+    elif config.method != "ce":
+        raise InputError(f"method {config.method!r} is not one of {', '.join(METHODS)}")
+    return CrossEntropy(model, ce)
+
+
+def open_data(config: PretrainConfig) -> tuple[IndexedDataset, IndexedDataset]:
+    """Return the training images, augmented, and those that the final number is given on."""
+    dataset = open_dataset(config.data, "train", train=True, seed=config.seed)
+    return dataset, open_dataset(config.data, report_split(config.data))
+
+
+@torch.no_grad()
+def top1(model: ResNet, dataset: IndexedDataset, config: PretrainConfig, device: Any) -> float:
+    """Return the share of images whose highest logit is their class, in %, over all ranks."""
+    model.eval()
+    counts = torch.zeros(2, dtype=torch.float64, device=device)  # right, all
+    for images, labels, _ in prepared(dataset, config, device):
+        with amp.autocast(config.loop.amp, device):
+            predicted = model(images).argmax(1)
+        counts += torch.stack([(predicted == labels).sum(), torch.tensor(len(labels))]).to(counts)
+    model.train()
+    right, images_seen = dist.all_sum(counts).tolist()
+    return 100.0 * right / images_seen
+
+
+def prepared(
+    dataset: IndexedDataset, config: PretrainConfig, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield this rank's share as (normalised images, labels, index) on the device, un-augmented."""
+    loader = evaluation_loader(
+        dataset, config.loop.batch_size, config.data.workers, dist.rank(), dist.world_size()
+    )
+    for images, labels, index in loader:
+        images = normalise(images.to(device), dataset.mean, dataset.std)
+        yield images, labels.to(device), index.to(device)
+
+
+def prepare_folder(folder: Path, config: PretrainConfig, resume_run: bool) -> None:
+    """Check that a fresh run starts in an empty folder and a resumed one in its own.
+
+    Raises:
+        InputError: it does not.
+    """
+    if resume_run:
+        resume.load(folder, fingerprint(config))
+    elif folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty: go on with --resume, or choose another --output")
+
+
+def write_config(config: PretrainConfig, folder: Path) -> None:
+    """Save the resolved config in the run folder."""
+    if dist.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / "config.yaml")
+    dist.barrier()
+
+
+def fingerprint(config: PretrainConfig) -> str:
+    """Return a hash of everything in a recipe that its weights depend on."""
+    content = to_dict(config)
+    for group, keys in WITHOUT_EFFECT.items():
+        for key in keys:
+            del content[group][key]
+    return config_hash(content)
+
+
+def checkpoint_path(folder: Path, epoch: int) -> Path:
+    """Return where the weights of an epoch lie."""
+    return folder / "checkpoints" / f"epoch_{epoch:04d}.pth"
+
+
+def facts_of(config: PretrainConfig, dataset: IndexedDataset, epoch: int) -> checkpoint.Facts:
+    """Return what a checkpoint says of itself."""
+    return checkpoint.Facts(
+        arch=config.arch,
+        num_classes=len(dataset.classes),
+        method=config.method,
+        epoch=epoch,
+        seed=config.seed,
+        dataset=dataset.name,
+        image_size=dataset.image_size,
+        mean=dataset.mean,
+        std=dataset.std,
+        config=to_dict(config),
+        code=code_version(),
+    )
+
+
+def record(
+    config: PretrainConfig, run: Run, held_out: IndexedDataset, path: Path, value: float
+) -> None:
+    """Append the run's number to its ``results.jsonl``."""
+    content = to_dict(config)
+    row = ResultRow(
+        step="pretrain",
+        protocol=run.protocol,
+        dataset=held_out.name,
+        split=held_out.split,
+        metric="top1",
+        value=value,
+        unit="%",
+        init=run.init,
+        seed=config.seed,
+        epoch=int(path.stem.removeprefix("epoch_")),
+        weights=sha256_of(path),
+        weights_path=str(path),
+        config=config_hash(content),
+        run=str(run.folder),
+        details={
+            "images": len(held_out),
+            "world_size": dist.world_size(),
+            "batch_size": config.loop.batch_size,
+            "amp": amp.resolve(config.loop.amp, dist.pick_device(config.loop.device)),
+            "torch": torch.__version__,
+        },
+    )
+    append_rows(run.folder / "results.jsonl", [row])
+
+
+def describe(
+    config: PretrainConfig, dataset: IndexedDataset, epochs: int, device: torch.device
+) -> str:
+    """Return in one sentence what is going to happen, with all derived values."""
+    steps = epochs * (len(dataset) // config.loop.batch_size)
+    world = dist.world_size()
+    return (
+        f"{config.method}: {config.arch} on {dataset.name} ({len(dataset)} images of "
+        f"{dataset.image_size} px, {len(dataset.classes)} classes), {epochs} epochs = {steps} "
+        f"steps of {config.loop.batch_size} images ({config.loop.batch_size // world} on each of "
+        f"{world} {device.type} process{'es' if world > 1 else ''}), seed {config.seed}"
+    )

@@ -1,0 +1,71 @@
+#!/usr/bin/env python3
+"""Pretrain a backbone: from random weights, by cross-entropy (ce) or by CTC (ctc).
+
+  tools/run_pretrain.py ctc                                       ResNet-50 on the embedded data
+  tools/run_pretrain.py ce --config pretrain/ce_cifar100.yaml     a recipe, KEY VALUE overrides
+  tools/run_pretrain.py ctc --output runs/x --resume              go on after an interruption
+
+tools/pretrain.sh does the same on all GPUs of a machine. Exit status: 0 done, 1 failed, 2 bad
+input, 75 stopped by a signal with everything saved (start again with --resume).
+"""
+
+import _checkout  # isort: skip
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("method", choices=("random", "ce", "ctc"), help="how to pretrain")
+    parser.add_argument("--config", help="recipe, as given or under configs/")
+    parser.add_argument("--output", type=Path, help="run folder (default runs/<recipe>)")
+    parser.add_argument("--init", default="", help="name of the initialisation in tables")
+    parser.add_argument("--resume", action="store_true", help="go on where the run folder stands")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and end")
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="e.g. loop.amp bf16")
+    return parser.parse_intermixed_args()
+
+
+def main() -> int:
+    arguments = parse()
+    from core import dist
+    from core.config import ROOT, InputError, find_config, load_config
+    from core.loop import STOPPED_STATUS, NonFiniteLoss, Stopped
+    from pretrain import run
+
+    name = arguments.config or f"pretrain/{arguments.method}_shapes.yaml"
+    if arguments.method == "random" and not arguments.config:
+        name = "pretrain/ce_shapes.yaml"
+    recipe = find_config(name)
+    config = load_config(run.PretrainConfig, recipe, arguments.overrides)
+    if arguments.method == "random":
+        config = dataclasses.replace(config, method="random")
+    elif config.method != arguments.method:
+        raise InputError(f"{recipe} is a recipe for {config.method}, not for {arguments.method}")
+    output = arguments.output or ROOT / "runs" / f"{recipe.stem}-s{config.seed}"
+    place = run.Run(output, recipe.stem, arguments.init or arguments.method)
+    if arguments.dry_run:
+        print(run.plan(config, place, arguments.resume))
+        return 0
+    try:
+        path = run.pretrain(config, place, arguments.resume)
+        if dist.is_main():
+            print(f"{path}\nnext: tools/convert_to_d2.py {path}")
+    except Stopped as stopped:
+        print(f"{stopped}; go on with --resume", file=sys.stderr)
+        return STOPPED_STATUS
+    except NonFiniteLoss as error:
+        print(f"error: {error}; lower the learning rate, or set loop.amp none", file=sys.stderr)
+        return 1
+    finally:
+        dist.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    _checkout.run(main)
