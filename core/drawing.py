@@ -5,6 +5,7 @@ integers. A scene is drawn on a canvas of FINE pixels per pixel and side, and re
 which smooths its edges. H×W are fine pixels.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -58,6 +59,30 @@ class Dice:
         count = math.prod(shape)
         words = mixed_array((*self.seed, -1), np.arange((count + 7) // 8))
         return words.astype("<u8").view(np.uint8)[:count].reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Canvas:
+    """What is seen, and whose each fine pixel is."""
+
+    pixels: np.ndarray  # H×W×3 uint8 RGB
+    owner: np.ndarray | None = None  # H×W int16: the number of the object seen there, 0 for none
+
+    def fill(self, polygon: np.ndarray, ink: Sequence[int], number: int = 0) -> None:
+        """Fill a polygon (n×2, 2^-SUB fine pixels)."""
+        for image, value in self._layers(ink, number):
+            cv2.fillPoly(image, [polygon], value, cv2.LINE_8, SUB)
+
+    def stroke(
+        self, line: np.ndarray, closed: bool, ink: Sequence[int], width: int, number: int = 0
+    ) -> None:
+        """Draw a line through points (n×2, 2^-SUB fine pixels), ``width`` fine pixels wide."""
+        for image, value in self._layers(ink, number):
+            cv2.polylines(image, [line], closed, value, width, cv2.LINE_8, SUB)
+
+    def _layers(self, ink: Sequence[int], number: int) -> list[tuple[np.ndarray, Sequence[int]]]:
+        layers: list[tuple[np.ndarray, Sequence[int]]] = [(self.pixels, ink)]
+        return layers if self.owner is None else [*layers, (self.owner, [number])]
 
 
 def sine(angle: int) -> int:
@@ -164,29 +189,39 @@ def colour_pair(dice: Dice, contrast: int = 60) -> np.ndarray:
 
 
 def paint(
-    canvas: np.ndarray,
+    canvas: Canvas,
     polygon: np.ndarray,
     pattern: str,
     colours: np.ndarray,
     dice: Dice,
     radius: int,
-) -> tuple[np.ndarray, slice, slice]:
-    """Paint a textured, lit polygon onto H×W×3, with a shadow; return its pixels as ``filled``."""
-    height, width = canvas.shape[:2]
+    number: int = 0,
+) -> None:
+    """Paint a textured, lit polygon, which then owns its pixels; its shadow, if any, owns none.
+
+    Args:
+        polygon: n×2 in 2^-SUB fine pixels.
+        pattern: one of TEXTURES.
+        colours: 2×3, RGB.
+        radius: of the polygon, in fine pixels; patterns and shadows scale with it.
+        number: of the object, for ``canvas.owner``.
+    """
+    height, width = canvas.pixels.shape[:2]
     mask, rows, columns = filled(polygon, height, width)
     if not mask.size:
-        return mask, rows, columns
+        return
     if dice.chance(60):
-        _shadow(canvas, polygon, dice, radius)
+        _shadow(canvas.pixels, polygon, dice, radius)
     centre = (columns.start + dice.below(8), rows.start + dice.below(8))
     period = max(radius * dice.between(20, 34) // 100, 2 * FINE)
     spots = texture(pattern, rows, columns, centre, dice.below(TURN), period)
     index = light(rows, columns, dice.below(TURN), radius) + spots * np.uint8(LEVELS)
-    np.copyto(canvas[rows, columns], _ramps(colours)[index], where=mask[:, :, None])
+    ramps = _ramps(colours)
+    np.copyto(canvas.pixels[rows, columns], ramps[index], where=mask[:, :, None])
+    if canvas.owner is not None:
+        canvas.owner[rows, columns][mask] = number
     if dice.chance(35):
-        edge = (_ramps(colours)[LEVELS // 2] >> 1).tolist()
-        cv2.polylines(canvas, [polygon], True, edge, FINE, cv2.LINE_8, SUB)
-    return mask, rows, columns
+        canvas.stroke(polygon, True, (ramps[LEVELS // 2] >> 1).tolist(), FINE, number)
 
 
 def background(dice: Dice, height: int, width: int) -> np.ndarray:
@@ -206,28 +241,25 @@ def background(dice: Dice, height: int, width: int) -> np.ndarray:
     return canvas
 
 
-def clutter(canvas: np.ndarray, dice: Dice, at: tuple[int, int], radius: int) -> None:
-    """Draw one piece that is no object: a shard, a bar, a blot or a patterned scrap."""
+def clutter(canvas: Canvas, dice: Dice, at: tuple[int, int], radius: int) -> None:
+    """Draw one piece that is no object: a shard, a bar, a wire or a patterned scrap."""
     kind, ink = dice.below(4), colour(dice)
-    corners = dice.between(3, 5)
-    radii = [UNIT * dice.between(35, 100) // 100 for _ in range(corners)]
+    radii = [UNIT * dice.between(35, 100) // 100 for _ in range(dice.between(3, 5))]
     shard = place(radial(radii), at, radius, dice.between(10, 24), dice.below(TURN))
     if kind == 0:
-        cv2.fillPoly(canvas, [shard], ink, cv2.LINE_8, SUB)
+        canvas.fill(shard, ink)
     elif kind == 1:
-        end = [(p + (dice.between(-4, 4) << SUB)) for p in shard[0].tolist()]
-        thick = max(radius // 5, 1)
-        cv2.line(canvas, shard[1].tolist(), end, ink, thick, cv2.LINE_8, SUB)
+        canvas.stroke(shard[:2], False, ink, max(radius // 5, 1))
     elif kind == 2:
-        cv2.polylines(canvas, [shard], True, ink, max(radius // 8, 1), cv2.LINE_8, SUB)
+        canvas.stroke(shard, True, ink, max(radius // 8, 1))
     else:
         paint(canvas, shard, TEXTURES[dice.below(4)], colour_pair(dice), dice, radius)
 
 
-def develop(canvas: np.ndarray, dice: Dice) -> np.ndarray:
+def develop(canvas: Canvas, dice: Dice) -> np.ndarray:
     """Return the finished picture, (H/FINE)×(W/FINE)×3 uint8: reduced, exposed, with grain."""
-    height, width = canvas.shape[0] // FINE, canvas.shape[1] // FINE
-    small = cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA)
+    height, width = (side // FINE for side in canvas.pixels.shape[:2])
+    small = cv2.resize(canvas.pixels, (width, height), interpolation=cv2.INTER_AREA)
     gain, lift = dice.between(180, 290), dice.between(-24, 24)
     curve = np.clip((np.arange(256) * gain >> 8) + lift, 0, 255).astype(np.uint8)
     grain = dice.noise(height, width, 3)
@@ -243,9 +275,9 @@ def _ramps(colours: np.ndarray) -> np.ndarray:
     return np.minimum(ramps, 255).astype(np.uint8).reshape(-1, 3)
 
 
-def _shadow(canvas: np.ndarray, polygon: np.ndarray, dice: Dice, radius: int) -> None:
+def _shadow(pixels: np.ndarray, polygon: np.ndarray, dice: Dice, radius: int) -> None:
     shift = np.array([dice.between(-radius, radius), dice.between(-radius, radius)])
     moved = (polygon + ((shift << SUB) // 5)).astype(np.int32)
-    mask, rows, columns = filled(moved, canvas.shape[0], canvas.shape[1])
-    window = canvas[rows, columns]
+    mask, rows, columns = filled(moved, *pixels.shape[:2])
+    window = pixels[rows, columns]
     np.copyto(window, (window >> 1) + (window >> 3), where=mask[:, :, None])

@@ -10,8 +10,11 @@ import functools
 import numpy as np
 
 from core import drawing
-from core.drawing import FINE, TEXTURES, TURN, UNIT, Dice
+from core.drawing import FINE, TEXTURES, TURN, UNIT, Canvas, Dice
 from core.seeds import shuffled
+from core.shapes_coco import CLASSES as DETECTION_CLASSES
+from core.shapes_coco import CocoFiles as CocoFiles
+from core.shapes_coco import write_coco as write_coco
 
 COUNTS = {"train": 4000, "val": 1000, "test": 1000}
 IMAGE_SIZE = 64  # pixels
@@ -27,6 +30,7 @@ SILHOUETTES: dict[str, np.ndarray] = {
          (320, 960), (-320, 960), (-320, 320), (-960, 320), (-960, -320), (-320, -320)]
     ),
 }  # fmt: skip
+assert not set(SILHOUETTES) & set(DETECTION_CLASSES)  # a transfer is to other classes
 CLASSES = tuple(f"{texture}_{shape}" for shape in SILHOUETTES for texture in TEXTURES)
 
 
@@ -52,7 +56,7 @@ def scene(label: int, size: int, dice: Dice) -> np.ndarray:
     """Draw one object of a class among clutter, S×S×3 uint8 RGB."""
     shape, pattern = list(SILHOUETTES)[label // len(TEXTURES)], TEXTURES[label % len(TEXTURES)]
     side = size * FINE
-    canvas = drawing.background(dice, side, side)
+    canvas = Canvas(drawing.background(dice, side, side))
     for _ in range(dice.between(2, 6)):
         at = (dice.below(side), dice.below(side))
         drawing.clutter(canvas, dice, at, side * dice.between(5, 14) // 100)
