@@ -1,0 +1,225 @@
+"""Detection configs: detectron2's keys, read safely, checked, and told apart as protocols.
+
+A protocol is a YAML file under ``configs/detection``: differences over its ``_BASE_``. Unknown
+keys and wrong types are errors; YAML tags are refused. What a run may choose without leaving its
+protocol (output folder, seed, device, weights, data) is listed in ``NEUTRAL``.
+"""
+
+import difflib
+import hashlib
+import json
+from ast import literal_eval
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+from core.config import find_config, read_with_bases
+from core.errors import InputError
+from core.results import config_hash
+
+# Keys that do not make another protocol: where, on what and from which weights it runs. The input
+# convention (mean, std, order, stride) belongs to the weights and is checked against them.
+NEUTRAL = (
+    "OUTPUT_DIR",
+    "SEED",
+    "VERSION",
+    "CUDNN_BENCHMARK",
+    "VIS_PERIOD",
+    "DATASETS",
+    "SUITE",
+    "DATALOADER.NUM_WORKERS",
+    "MODEL.DEVICE",
+    "MODEL.WEIGHTS",
+    "MODEL.PIXEL_MEAN",
+    "MODEL.PIXEL_STD",
+    "MODEL.RESNETS.STRIDE_IN_1X1",
+    "MODEL.ROI_HEADS.NUM_CLASSES",
+    "MODEL.RETINANET.NUM_CLASSES",
+    "INPUT.FORMAT",
+    "INPUT.MASK_FORMAT",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "TEST.EVAL_PERIOD",
+    "TEST.EXPECTED_RESULTS",
+)
+SYNC_NORM = "SyncBN"
+
+
+def default_cfg() -> CfgNode:
+    """Return detectron2's defaults with this suite's own keys under ``SUITE``."""
+    cfg = get_cfg()
+    cfg.OUTPUT_DIR = ""  # chosen by the tool: runs/detection/<protocol>…
+    suite = cfg.SUITE = CfgNode()
+    suite.PROTOCOL = ""  # name in the result rows; empty: the config file's stem
+    suite.EXPECTED_HOURS = 0.0  # on 8 GPUs; what --dry-run prints
+    suite.KEEP_LAST = 2  # checkpoints kept beside the milestones
+    suite.MILESTONE_PERIOD = 0  # iterations between checkpoints that are kept for good; 0: none
+    cfg.SOLVER.AMP.DTYPE = "float16"  # of autocast, if AMP.ENABLED; "bfloat16" for CPUs
+    suite.COCO_BACKEND = "pycocotools"  # of record; "faster", "hotcoco" agree and are faster
+    shapes = suite.SHAPES = CfgNode()  # the embedded data, DATASETS.TRAIN ("shapes_train",)
+    shapes.TRAIN_IMAGES = 600
+    shapes.VAL_IMAGES = 100
+    shapes.SIZE = 128  # side, pixels
+    shapes.SEED = 0  # of the data; a trial's own seed is SEED
+    return cfg
+
+
+def load_cfg(name: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
+    """Return the resolved config: defaults, the chain of YAML files, then ``KEY VALUE`` pairs.
+
+    Raises:
+        InputError: no such file, a YAML tag, unknown key (names the nearest), wrong type.
+    """
+    cfg = default_cfg()
+    path = find_config(name, "detection")
+    for file, content in read_with_bases(path):
+        merge(cfg, content, str(file))
+    if not cfg.SUITE.PROTOCOL:
+        cfg.SUITE.PROTOCOL = path.stem
+    for key, value in parse_overrides(overrides):
+        merge(cfg, _nested(key, value), "command line")
+    return cfg
+
+
+def parse_overrides(overrides: Sequence[str]) -> list[tuple[str, str]]:
+    """Return ``KEY VALUE KEY VALUE`` as pairs; what a value means depends on its key's type."""
+    if any("=" in text and "." in text.split("=")[0] for text in overrides[::2]):
+        key, value = next(t for t in overrides[::2] if "=" in t).split("=", 1)
+        raise InputError(f"overrides are KEY VALUE pairs: write {key} {value} with a space")
+    if len(overrides) % 2:
+        raise InputError(
+            f"overrides come in KEY VALUE pairs, but {overrides[-1]!r} has no value; "
+            "write for example: SOLVER.MAX_ITER 100"
+        )
+    return list(zip(overrides[::2], overrides[1::2], strict=True))
+
+
+def merge(cfg: CfgNode, content: dict[str, Any], where: str) -> None:
+    """Merge plain nested values into ``cfg``; ``where`` names their origin in an error."""
+    known = dict(_leaves(cfg))
+    groups = {key.rsplit(".", n)[0] for key in known for n in range(1, key.count(".") + 1)}
+    for key, value in _leaves(content):
+        if key in groups:
+            raise InputError(f"{where}: {key} is a group of keys, not one with a value ({value!r})")
+        if key not in known:
+            raise InputError(f"{where}: unknown key {key!r}{_nearest(key, list(known))}")
+        try:
+            cfg.merge_from_other_cfg(CfgNode(_nested(key, _coerced(value, known[key]))))
+        except (ValueError, KeyError, AssertionError, TypeError):
+            raise InputError(
+                f"{where}: {key} must be {_type_name(known[key])} like {known[key]!r}, "
+                f"not {value!r}"
+            ) from None
+
+
+def protocol_keys(cfg: CfgNode) -> dict[str, Any]:
+    """Return the keys that make the protocol, dotted, with plain values."""
+    return {key: _plain(value) for key, value in _leaves(cfg) if not is_neutral(key)}
+
+
+def hash_of(cfg: CfgNode) -> str:
+    """Return a sha256 of what makes the protocol."""
+    return config_hash(protocol_keys(cfg))
+
+
+def changed_keys(cfg: CfgNode, base: dict[str, Any]) -> dict[str, Any]:
+    """Return the protocol keys of ``cfg`` whose values differ from those of ``base``."""
+    return {key: value for key, value in protocol_keys(cfg).items() if value != base.get(key)}
+
+
+def is_neutral(key: str) -> bool:
+    """Whether a key may differ without making another protocol."""
+    return any(key == neutral or key.startswith(neutral + ".") for neutral in NEUTRAL)
+
+
+def protocol_name(cfg: CfgNode, changed: dict[str, Any]) -> str:
+    """Return the protocol's name for the rows; a changed protocol gets a suffix of its own.
+
+    The suffix is a hash of what was changed, so that equal changes share a name, and none of them
+    shares the name of the unchanged protocol. What was changed stands in ``details.overrides``.
+    """
+    if not changed:
+        return str(cfg.SUITE.PROTOCOL)
+    text = json.dumps(changed, sort_keys=True, default=str)
+    return f"{cfg.SUITE.PROTOCOL}+{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+def as_yaml(cfg: CfgNode) -> str:
+    """Return the resolved config as plain YAML that ``load_cfg`` reads back to an equal config."""
+    return yaml.safe_dump(_plain(cfg), sort_keys=False, default_flow_style=None)
+
+
+def norm_for(device: str, world_size: int) -> str:
+    """Return the norm that does SyncBN's work on this hardware.
+
+    ``nn.SyncBatchNorm`` refuses CPU tensors; detectron2's ``naiveSyncBN`` works over gloo; one CPU
+    process sees the whole batch, so that plain BN is the same.
+    """
+    if device != "cpu":
+        return SYNC_NORM
+    return "naiveSyncBN" if world_size > 1 else "BN"
+
+
+def set_norms(cfg: CfgNode, norm: str) -> int:
+    """Replace every SyncBN of the config by ``norm``; return how many keys were concerned."""
+    keys = [key for key, value in _leaves(cfg) if value == SYNC_NORM]
+    for key in keys:
+        merge(cfg, _nested(key, norm), "norm")
+    return len(keys)
+
+
+def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _coerced(value: Any, old: Any) -> Any:
+    """Take an integer where a real number is wanted; leave all else to detectron2's own rules."""
+    if isinstance(value, str) and not isinstance(old, str):
+        value = _literal(value)
+    if isinstance(value, bool) != isinstance(old, bool) and old is not None:
+        raise TypeError
+    if isinstance(old, float) and isinstance(value, int):
+        return float(value)
+    if isinstance(value, str):
+        return repr(value)  # a string that looks like a number stays a string
+    return value
+
+
+def _literal(text: Any) -> Any:
+    try:
+        return literal_eval(text)
+    except (ValueError, SyntaxError, TypeError):
+        return {"true": True, "false": False}.get(text, text) if isinstance(text, str) else text
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    by_last = {k.rsplit(".", 1)[-1]: k for k in known}
+    close = difflib.get_close_matches(key, known, n=2, cutoff=0.6) or [
+        by_last[k] for k in difflib.get_close_matches(key.rsplit(".", 1)[-1], by_last, n=2)
+    ]
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def _type_name(value: Any) -> str:
+    names = {bool: "True or False", int: "an integer", float: "a number", str: "a string"}
+    return names.get(type(value), "a list" if isinstance(value, list | tuple) else "a value")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value

@@ -1,0 +1,116 @@
+"""Checkpoints of a detection run: atomic, checksummed; the newest whole one is found by itself.
+
+The files are detectron2's (``model_0004999.pth`` after 5,000 iterations, ``model_final.pth``,
+``last_checkpoint``) and load there. fvcore writes straight to the final name and trusts
+``last_checkpoint``; here a file is renamed into place when it is complete, and a resume reads the
+newest one that is whole, whatever ``last_checkpoint`` says.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from core.checkpoint import atomic_file, load_plain, newest_valid, save_atomically
+from core.errors import InputError
+
+NUMBERED = re.compile(r"model_(\d{7})\.pth")
+FINAL = "model_final.pth"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpointer:
+    """Saves and finds the checkpoints of one run folder.
+
+    Args:
+        folder: OUTPUT_DIR.
+        keep_last: numbered checkpoints that stay, besides the milestones; 0 keeps all.
+        milestone_period: iterations between checkpoints that always stay; 0: none.
+        facts: what the files say of themselves (input convention, classes, config hash …).
+    """
+
+    folder: Path
+    keep_last: int = 0
+    milestone_period: int = 0
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def save(self, trainer: Any, final: bool = False) -> Path:
+        """Write the state after the trainer's current iteration (rank 0 only)."""
+        done = trainer.iter + 1
+        path = self.folder / (FINAL if final else f"model_{trainer.iter:07d}.pth")
+        content = {
+            "model": bare(trainer.model).state_dict(),
+            "trainer": trainer.state_dict(),
+            "iteration": trainer.iter,
+            "world_size": comm.get_world_size(),
+            "facts": self.facts,
+            "__author__": "transfer-suite",
+            "matching_heuristics": False,
+        }
+        save_atomically(content, path)
+        with atomic_file(self.folder / "last_checkpoint") as file:
+            file.write(path.name.encode())
+        self._prune(done)
+        return path
+
+    def files(self) -> list[Path]:
+        """Return the checkpoints of the folder, the newest first."""
+        numbered = {path: NUMBERED.fullmatch(path.name) for path in self.folder.glob("model_*.pth")}
+        found = sorted((int(m[1]), path) for path, m in numbered.items() if m)
+        final = [self.folder / FINAL] if (self.folder / FINAL).is_file() else []
+        return final + [path for _, path in reversed(found)]
+
+    def newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """Return the newest checkpoint that is whole; damaged ones are passed over."""
+        return newest_valid(self.files(), _read)
+
+    def _prune(self, done: int) -> None:
+        if self.keep_last <= 0:
+            return
+        numbered = [path for path in self.files() if path.name != FINAL]
+        for path in numbered[self.keep_last :]:
+            iterations = int(path.stem.removeprefix("model_")) + 1
+            if not self.milestone_period or iterations % self.milestone_period:
+                path.unlink(missing_ok=True)
+
+
+class SaveHook(HookBase):
+    """Saves every ``period`` iterations and, as ``model_final.pth``, after the last one."""
+
+    def __init__(self, checkpointer: Checkpointer, period: int) -> None:
+        self.checkpointer, self.period = checkpointer, period
+
+    def after_step(self) -> None:
+        if not comm.is_main_process():
+            return
+        done = self.trainer.iter + 1
+        if done == self.trainer.max_iter:
+            self.checkpointer.save(self.trainer, final=True)
+        elif self.period > 0 and done % self.period == 0:
+            self.checkpointer.save(self.trainer)
+
+
+def restore(trainer: Any, content: dict[str, Any]) -> int:
+    """Load model, optimiser and schedule; return the iteration that comes next."""
+    bare(trainer.model).load_state_dict(content["model"])
+    trainer.load_state_dict(content["trainer"])
+    return int(content["iteration"]) + 1
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """Return the model without its DistributedDataParallel wrapper."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = load_plain(path, map_location=torch.device("cpu"))
+    absent = {"model", "trainer", "iteration"} - set(content if isinstance(content, dict) else {})
+    if absent:
+        raise InputError(f"{path} is not a checkpoint of a detection run: no {min(absent)!r}")
+    return dict(content)

@@ -1,0 +1,372 @@
+"""A detection run before it runs: config, hardware, data and weights are checked, nothing written.
+
+``prepare`` turns what a command line asks for into a ``Job`` that is sent to every process. All
+that can be known beforehand is known then: a run that starts has its data, its weights and its
+name.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
+
+from core.config import ROOT
+from core.errors import InputError
+from detection import cfg as configs
+from detection import weights as weight_files
+from detection.checkpointer import Checkpointer
+from detection.compat import versions
+from detection.datasets import CocoPair, check_same_classes, open_named, open_pair
+from detection.trainer import DTYPES, check_batch
+from detection.weights import Weights
+
+RUN_FILE = "run.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a command line asks for; ``tools/train_net.py --help`` explains each field."""
+
+    config: str = ""
+    weights: str = ""
+    output: str = ""
+    init: str = ""
+    seed: int | None = None
+    num_gpus: int | None = None
+    num_processes: int = 0
+    num_machines: int = 1
+    machine_rank: int = 0
+    dist_url: str = "auto"
+    resume: bool = False
+    eval_only: bool = False
+    train_json: str = ""
+    train_images: str = ""
+    val_json: str = ""
+    val_images: str = ""
+    dataset: str = ""
+    coco_backend: str = ""
+    assume_convention: bool = False
+    convention_from_weights: bool = False
+    overrides: Sequence[str] = ()
+
+
+@dataclasses.dataclass
+class Job:
+    """A request that has passed every check."""
+
+    cfg: CfgNode  # resolved for this hardware
+    declared: str  # the config as YAML, before the hardware had its say: saved as config.yaml
+    mode: str  # "train", "resume" or "evaluate"
+    train: tuple[CocoPair, ...]
+    val: CocoPair
+    weights_file: str  # under detectron2's names; "" is random initialisation
+    identity: dict[str, Any]  # fields of the result rows
+    facts: dict[str, Any]  # what checkpoints of this run say of themselves
+    details: dict[str, Any]
+    notes: list[str]  # sentences that the run opens with
+    processes: int  # on this machine
+    world_size: int
+
+    @property
+    def folder(self) -> Path:
+        """OUTPUT_DIR."""
+        return Path(self.cfg.OUTPUT_DIR)
+
+
+def prepare(request: Request, scratch: Path) -> Job:
+    """Check all that can be known before the first iteration; a raw checkpoint goes to scratch.
+
+    Raises:
+        InputError: one sentence on what is wrong and what would be right.
+    """
+    cfg, changed = _resolve(request)
+    notes: list[str] = []
+    device, processes = _hardware(request, cfg, notes)
+    world_size = processes * request.num_machines
+    check_batch(cfg, world_size)
+    train, val = _open_data(cfg, request)
+    _fit_to_data(cfg, train, val, notes)
+    earlier = _read_run(cfg, request)
+    weights = _open_weights(request, cfg, val, scratch, earlier, notes)
+    identity = _identity(request, cfg, weights, val, earlier)
+    if not cfg.OUTPUT_DIR:
+        stem = f"{identity['protocol']}-{identity['init']}-seed{identity['seed']}"
+        tail = "-eval" if request.eval_only else ""
+        cfg.OUTPUT_DIR = str(ROOT / "runs" / "detection" / (stem + tail))
+    mode = _mode(request, Path(cfg.OUTPUT_DIR), earlier)
+    declared = configs.as_yaml(cfg)
+    facts = _facts(cfg, identity, val)
+    cfg = DefaultTrainer.auto_scale_workers(cfg, world_size)
+    cfg.MODEL.DEVICE = device
+    cfg.DATALOADER.NUM_WORKERS = _loading_processes(cfg.DATALOADER.NUM_WORKERS, device, processes)
+    norm = configs.norm_for(device, world_size)
+    norms = configs.set_norms(cfg, norm)
+    if norms:
+        notes.append(f"BatchNorm: {configs.SYNC_NORM} runs as {norm} on {world_size} × {device}")
+    details = {
+        "overrides": changed,
+        "world_size": world_size,
+        "device": device,
+        "ims_per_batch": cfg.SOLVER.IMS_PER_BATCH,
+        "base_lr": cfg.SOLVER.BASE_LR,
+        "max_iter": cfg.SOLVER.MAX_ITER,
+        "bn": norm if norms else cfg.MODEL.RESNETS.NORM,
+        "images": {"train": sum(p.num_images for p in train), "val": val.num_images},
+        "coco_backend": cfg.SUITE.COCO_BACKEND,
+        "versions": versions(),
+    }
+    cfg.freeze()
+    return Job(
+        cfg=cfg, declared=declared, mode=mode, train=train, val=val,
+        weights_file=str(weights.loadable) if weights else "",
+        identity=identity, facts=facts, details=details, notes=notes,
+        processes=processes, world_size=world_size,
+    )  # fmt: skip
+
+
+def _resolve(request: Request) -> tuple[CfgNode, dict[str, Any]]:
+    """Return the config with the command line's say, and what that changed in the protocol."""
+    name = request.config
+    saved = Path(request.output or ".") / "config.yaml"
+    if not name and (request.resume or request.eval_only) and request.output and saved.is_file():
+        name = str(saved)
+    if not name:
+        raise InputError(
+            "no config: name one, such as --config detection/mask_rcnn_R50_FPN_1x.yaml"
+        )
+    cfg = configs.load_cfg(name, request.overrides)
+    changed = configs.changed_keys(cfg, configs.protocol_keys(configs.load_cfg(name)))
+    cfg.SUITE.PROTOCOL = configs.protocol_name(cfg, changed)
+    cfg.OUTPUT_DIR = request.output or cfg.OUTPUT_DIR
+    cfg.MODEL.WEIGHTS = request.weights or cfg.MODEL.WEIGHTS
+    cfg.SUITE.COCO_BACKEND = request.coco_backend or cfg.SUITE.COCO_BACKEND
+    if request.seed is not None:
+        cfg.SEED = request.seed
+    if cfg.SEED < 0:
+        raise InputError(f"SEED is {cfg.SEED}: every trial needs its own seed, 0 or more")
+    if cfg.SOLVER.AMP.DTYPE not in DTYPES:
+        raise InputError(f"SOLVER.AMP.DTYPE can be {' or '.join(DTYPES)}")
+    return cfg, changed
+
+
+def _hardware(request: Request, cfg: CfgNode, notes: list[str]) -> tuple[str, int]:
+    """Return the device and the number of processes on this machine."""
+    present = torch.cuda.device_count()
+    gpus, processes = request.num_gpus, request.num_processes
+    if gpus is None:
+        gpus = 1 if present and not processes and cfg.MODEL.DEVICE != "cpu" else 0
+        if not present:
+            notes.append(f"no GPU here: running on CPU with {max(1, processes)} process(es)")
+    if gpus < 0 or gpus > present:
+        raise InputError(f"--num-gpus {gpus}, but this machine has {present}; 0 runs on CPU")
+    if gpus and processes:
+        raise InputError("--num-processes is for CPU runs; with --num-gpus each GPU has a process")
+    if request.num_machines > 1 and request.dist_url == "auto":
+        raise InputError(
+            "several machines need --dist-url, such as tcp://FIRST_MACHINE:29500, the same on all"
+        )
+    if not 0 <= request.machine_rank < request.num_machines:
+        raise InputError(
+            f"--machine-rank {request.machine_rank} is not one of 0..{request.num_machines - 1}"
+        )
+    if not gpus and cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "float16":
+        raise InputError("float16 training needs a GPU; on CPU set SOLVER.AMP.DTYPE bfloat16")
+    return ("cuda", gpus) if gpus else ("cpu", max(1, processes))
+
+
+def _loading_processes(wanted: int, device: str, processes: int) -> int:
+    """Return loading processes per rank: no more than cores, of which CPU ranks take one each."""
+    cores = (os.cpu_count() or 1) // processes
+    return min(wanted, max(0, cores - 1) if device == "cpu" else max(1, cores))
+
+
+def _open_data(cfg: CfgNode, request: Request) -> tuple[tuple[CocoPair, ...], CocoPair]:
+    """Open the splits that the command line or else the config names."""
+    given = {
+        "train": (request.train_json, request.train_images),
+        "val": (request.val_json, request.val_images),
+    }
+    for split, (json_path, images) in given.items():
+        if bool(json_path) != bool(images):
+            raise InputError(f"--{split}-json and --{split}-images go together")
+    shapes = dict(cfg.SUITE.SHAPES)
+    pairs: dict[str, list[CocoPair]] = {}
+    for split, names in (("val", cfg.DATASETS.TEST), ("train", cfg.DATASETS.TRAIN)):
+        if split == "train" and request.eval_only:
+            continue
+        if given[split][0]:
+            pairs[split] = [open_pair(*given[split], split=split, name=request.dataset)]
+        else:
+            pairs[split] = [open_named(name, shapes) for name in names]
+        if not pairs[split]:
+            raise InputError(
+                f"no data: DATASETS.{'TRAIN' if split == 'train' else 'TEST'} is empty"
+            )
+    if len(pairs["val"]) > 1:
+        raise InputError("DATASETS.TEST names several data sets; a run is judged on one")
+    train, val = tuple(pairs.get("train", ())), pairs["val"][0]
+    for pair in train:
+        check_same_classes(pair, val)
+    return train, val
+
+
+def _fit_to_data(
+    cfg: CfgNode, train: tuple[CocoPair, ...], val: CocoPair, notes: list[str]
+) -> None:
+    """Set what the data decide: names, number of classes, mask format."""
+    cfg.DATASETS.TRAIN = tuple(pair.catalog_name for pair in train)
+    cfg.DATASETS.TEST = (val.catalog_name,)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = len(val.classes)
+    for pair in (*train, val):
+        if not pair.num_objects and pair.split == "train":
+            raise InputError(f"{pair.json} has no object to learn from")
+        if cfg.MODEL.MASK_ON and pair.num_objects and not pair.has_masks:
+            raise InputError(
+                f"{pair.json} has boxes without masks; use a box protocol "
+                "(detection/faster_rcnn_R50_FPN_1x.yaml) or MODEL.MASK_ON False"
+            )
+    if any(pair.has_rle for pair in train):
+        cfg.INPUT.MASK_FORMAT = "bitmask"
+    counts = ", ".join(f"{p.catalog_name} {p.num_images} images" for p in (*train, val))
+    notes.append(f"data: {counts}, {len(val.classes)} classes")
+
+
+def _open_weights(
+    request: Request,
+    cfg: CfgNode,
+    val: CocoPair,
+    scratch: Path,
+    earlier: dict[str, Any] | None,
+    notes: list[str],
+) -> Weights | None:
+    """Read and check the weights; None is random initialisation, or a resume that needs none."""
+    path = cfg.MODEL.WEIGHTS
+    if request.eval_only and not path:
+        newest = Checkpointer(Path(cfg.OUTPUT_DIR)).newest() if cfg.OUTPUT_DIR else None
+        if newest is None:
+            raise InputError("--eval-only needs the detector: --weights, or the --output of a run")
+        path = str(newest[0])
+    if earlier is not None:
+        path = path or earlier["weights_file"]
+    if not path:
+        if earlier is None:
+            notes.append("no --weights: training from random initialisation")
+        return None
+    found = weight_files.read_weights(path, scratch / f"{Path(path).stem}_d2.pth")
+    if found.whole != request.eval_only:
+        raise InputError(
+            f"{path} is a whole detector; training starts from a backbone (--eval-only judges it)"
+            if found.whole
+            else f"{path} is a backbone without heads; --eval-only needs a trained detector"
+        )
+    classes = found.facts.get("classes")
+    if classes is not None and list(classes) != list(val.classes):
+        raise InputError(f"{path} detects other classes than {val.json} has")
+    if request.convention_from_weights:
+        weight_files.take_convention(cfg, found)
+    weight_files.check_convention(found, cfg, request.assume_convention)
+    plain = cfg.clone()
+    configs.set_norms(plain, "BN")  # the same names and shapes, on any hardware
+    pairs = weight_files.match(found, weight_files.model_shapes(plain))
+    what = "detector" if found.whole else "backbone"
+    notes.append(f"weights: {found.path.name}: {len(pairs)} of {len(pairs)} {what} tensors matched")
+    return found
+
+
+def _identity(
+    request: Request,
+    cfg: CfgNode,
+    weights: Weights | None,
+    val: CocoPair,
+    earlier: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Return the fields by which result rows are told apart."""
+    if earlier is not None:
+        return dict(earlier["identity"])
+    own = (weights.facts.get("detection") if weights else None) or {}
+    identity = {
+        "protocol": cfg.SUITE.PROTOCOL,
+        "dataset": val.name,
+        "split": val.split,
+        "init": request.init or _init_name(weights),
+        "seed": cfg.SEED,
+        "epoch": weights.facts.get("epoch") if weights else None,
+        "weights": weights.sha256 if weights else "",
+        "weights_path": str(weights.path) if weights else "",
+        "config": configs.hash_of(cfg),
+    }
+    if own:  # a detector of ours: what was trained is what it says, whatever config judges it
+        judged = {k: v for k, v in configs.changed_keys(cfg, own["config"]).items() if _at_test(k)}
+        trained = {k: own[k] for k in ("init", "seed", "epoch", "weights", "weights_path")}
+        identity |= trained | {"protocol": own["protocol"]}
+        if judged:
+            cfg.SUITE.PROTOCOL = own["protocol"]
+            identity["protocol"] = configs.protocol_name(cfg, judged)
+    return identity
+
+
+def _init_name(weights: Weights | None) -> str:
+    if weights is None:
+        return "random"
+    return str(weights.facts.get("method") or weights.path.stem.removesuffix("_d2"))
+
+
+def _at_test(key: str) -> bool:
+    """Whether a key acts when a trained detector is judged."""
+    return key.startswith(("MODEL.", "TEST.")) or key.endswith("_TEST")
+
+
+def _facts(cfg: CfgNode, identity: dict[str, Any], val: CocoPair) -> dict[str, Any]:
+    own = {k: identity[k] for k in ("protocol", "init", "seed", "epoch", "weights", "weights_path")}
+    return {
+        **weight_files.config_convention(cfg),
+        "classes": list(val.classes),
+        "detection": {**own, "config": configs.protocol_keys(cfg)},
+    }
+
+
+def _read_run(cfg: CfgNode, request: Request) -> dict[str, Any] | None:
+    """Return what an earlier start of the run recorded, when it is to be resumed.
+
+    Raises:
+        InputError: there is none, or it has another protocol, seed or weights.
+    """
+    if not request.resume or request.eval_only:
+        return None
+    if not cfg.OUTPUT_DIR:
+        raise InputError("--resume needs --output (or OUTPUT_DIR): the folder of the run")
+    path = Path(cfg.OUTPUT_DIR) / RUN_FILE
+    try:
+        earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(
+            f"--resume: {cfg.OUTPUT_DIR} holds no run to go on with; start it without --resume"
+        ) from None
+    old = earlier["facts"]["detection"]
+    changed = configs.changed_keys(cfg, old["config"])
+    if changed or old["seed"] != cfg.SEED:
+        key = next(iter(changed), "SEED")
+        raise InputError(
+            f"--resume: the run in {cfg.OUTPUT_DIR} was started with another {key}; resume it with "
+            "its own config, or start anew in another folder"
+        )
+    return earlier
+
+
+def _mode(request: Request, folder: Path, earlier: dict[str, Any] | None) -> str:
+    if request.eval_only:
+        return "evaluate"
+    if earlier is not None:
+        return "resume"
+    if folder.exists() and any(folder.iterdir()) and os.access(folder, os.R_OK):
+        raise InputError(
+            f"{folder} is not empty: --resume goes on with the run in it, another --output starts "
+            "a new one"
+        )
+    return "train"

@@ -1,0 +1,231 @@
+"""One detection run: prepared, trained (or resumed), saved, evaluated, recorded as result rows."""
+
+import json
+import logging
+import os
+import resource
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.engine import default_writers, launch
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.events import TensorboardXWriter
+
+from core.checkpoint import atomic_file
+from core.errors import InputError
+from core.results import ResultRow, append_rows, read_rows
+from detection import datasets
+from detection.checkpointer import Checkpointer, SaveHook, bare, restore
+from detection.coco_backends import Evaluation
+from detection.evaluation import as_metrics, evaluate_model, result_rows, table
+from detection.job import RUN_FILE, Job, Request, prepare
+from detection.loader import EndlessBatches, training_records
+from detection.logs import is_terminal, logging_to, say, trim_metrics
+from detection.trainer import NotFiniteError, Trainer, add_hooks, build, seed_torch
+from detection.weights import load_into, read_weights
+
+ROWS_FILE = "results.jsonl"
+DATASET_FILE = "dataset.json"
+
+
+def run(request: Request) -> int:
+    """Check everything, then train and evaluate, or only evaluate; return the exit status.
+
+    Raises:
+        InputError: bad input, before anything is written.
+    """
+    with tempfile.TemporaryDirectory(prefix="convert-") as scratch:
+        job = prepare(request, Path(scratch))
+        if request.machine_rank == 0:
+            settle(job, Path(scratch))
+        if job.details["device"] == "cpu" and job.processes > 1:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or detectron2 would choose NCCL
+        try:
+            launch(
+                _guarded if job.world_size > 1 else work,
+                job.processes,
+                num_machines=request.num_machines,
+                machine_rank=request.machine_rank,
+                dist_url=request.dist_url,
+                args=(job,),
+            )
+        except torch.multiprocessing.ProcessExitedException as error:
+            return error.exit_code if error.exit_code > 0 else 1
+        except NotFiniteError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
+def settle(job: Job, scratch: Path) -> None:
+    """Make the run folder and write what is known before the first iteration."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    if job.weights_file and Path(job.weights_file).parent == scratch:
+        kept = job.folder / Path(job.weights_file).name
+        shutil.move(job.weights_file, kept)
+        job.weights_file = str(kept)
+    if job.mode == "evaluate" and (job.folder / RUN_FILE).is_file():
+        return  # the folder of the training run: its own record stays
+    classes = {"classes": list(job.val.classes), "name": job.val.name, "split": job.val.split}
+    places = {"json": str(job.val.json), "images": str(job.val.images)}
+    _write_json(job.folder / DATASET_FILE, places | classes)
+    if job.mode == "resume":
+        return
+    with atomic_file(job.folder / "config.yaml") as file:
+        file.write(job.declared.encode())
+    content = {
+        "command": shlex.join(sys.argv),
+        "mode": job.mode,
+        "weights_file": job.weights_file,
+        "identity": job.identity,
+        "facts": job.facts,
+        "details": job.details,
+    }
+    _write_json(job.folder / RUN_FILE, content)
+
+
+def work(job: Job) -> None:
+    """Do the job on this rank."""
+    if job.details["device"] == "cpu" and job.world_size > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.processes))
+    datasets.register((*job.train, job.val))
+    with logging_to(job.folder):
+        _log_setting(job)
+        if job.mode == "evaluate":
+            _evaluate_only(job)
+        else:
+            _train(job)
+
+
+def _train(job: Job) -> None:
+    cfg = job.cfg
+    checkpointer = Checkpointer(
+        job.folder, cfg.SUITE.KEEP_LAST, cfg.SUITE.MILESTONE_PERIOD, job.facts
+    )
+    newest = checkpointer.newest() if job.mode == "resume" else None
+    if newest and newest[1]["iteration"] + 1 >= cfg.SOLVER.MAX_ITER and _has_rows(job):
+        say(f"{job.folder} is finished ({cfg.SOLVER.MAX_ITER} iterations): nothing to do")
+        return
+    records = training_records(cfg)
+    trainer = build(cfg, records)
+    start = 0
+    if newest:
+        start = restore(trainer, newest[1])
+        trainer.reset_data_loader(lambda: EndlessBatches(cfg, records, start))
+        say(f"resuming after iteration {start} from {newest[0].name}")
+        _mind_world(job, newest[1]["world_size"])
+    elif job.weights_file:
+        weights = read_weights(job.weights_file, job.folder / "unused.pth")
+        load_into(bare(trainer.model), weights)
+    if comm.is_main_process():
+        trim_metrics(job.folder / "metrics.json", start)
+    evaluations: list[Evaluation] = []
+
+    def evaluate() -> dict[str, Any]:
+        evaluations[:] = evaluate_model(
+            cfg, trainer.model, job.val, job.folder / "inference", is_terminal()
+        )
+        return as_metrics(evaluations)
+
+    save_hook = SaveHook(checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
+    add_hooks(trainer, cfg, save_hook, evaluate, _writers(job, start), is_terminal())
+    began = time.perf_counter()
+    trainer.train(start, cfg.SOLVER.MAX_ITER)
+    if comm.is_main_process():
+        _record(job, evaluations, _speed(trainer, began))
+
+
+def _evaluate_only(job: Job) -> None:
+    seed_torch(job.cfg.SEED)
+    model = build_model(job.cfg)
+    load_into(model, read_weights(job.weights_file, job.folder / "unused.pth"))
+    began = time.perf_counter()
+    evaluations = evaluate_model(job.cfg, model, job.val, job.folder / "inference", is_terminal())
+    if comm.is_main_process():
+        seconds = time.perf_counter() - began
+        _record(job, evaluations, {"seconds_per_image": seconds / job.val.num_images})
+
+
+def _record(job: Job, evaluations: list[Evaluation], figures: dict[str, Any]) -> None:
+    rows = result_rows(
+        evaluations, **job.identity, run=str(job.folder), details=job.details | figures
+    )
+    append_rows(job.folder / ROWS_FILE, rows)
+    say(table(evaluations))
+    say(f"{len(rows)} result rows in {job.folder / ROWS_FILE}")
+
+
+def _has_rows(job: Job) -> bool:
+    path = job.folder / ROWS_FILE
+    return path.is_file() and any(_is_of(job, row) for row in read_rows(path))
+
+
+def _is_of(job: Job, row: ResultRow) -> bool:
+    return all(getattr(row, key) == job.identity[key] for key in ("protocol", "init", "seed"))
+
+
+def _guarded(job: Job) -> None:
+    """``work`` in a spawned process: errors that have a sentence end it with a status alone."""
+    try:
+        work(job)
+    except InputError as error:
+        print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except NotFiniteError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def sentence(error: InputError) -> str:
+    """Return the sentence of an error, out of the traceback that a data-loading process adds."""
+    return str(error).rsplit("InputError: ", 1)[-1].strip()
+
+
+def _log_setting(job: Job) -> None:
+    quiet = logging.getLogger("detectron2.setting")  # to the file only
+    quiet.info("environment:\n" + collect_env_info())
+    quiet.info("resolved config:\n" + job.cfg.dump())
+    if comm.is_main_process():
+        for note in job.notes:
+            say(note)
+
+
+def _mind_world(job: Job, world_size: int) -> None:
+    if world_size != job.world_size:
+        say(
+            f"warning: begun on {world_size} process(es), resumed on {job.world_size}: from here "
+            "on the order of images is another one"
+        )
+
+
+def _writers(job: Job, start: int) -> list[Any]:
+    if not comm.is_main_process():
+        return []
+    *others, _ = default_writers(str(job.folder), job.cfg.SOLVER.MAX_ITER)
+    return [*others, TensorboardXWriter(str(job.folder), purge_step=start)]
+
+
+def _speed(trainer: Trainer, began: float) -> dict[str, Any]:
+    done = trainer.max_iter - trainer.start_iter
+    history = trainer.storage.histories()
+    step = history["time"].global_avg() if "time" in history else None
+    figures = {"seconds_per_iteration": step, "seconds": time.perf_counter() - began}
+    figures["iterations_in_this_process"] = done
+    if trainer.device_type == "cuda":
+        figures["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
+    else:
+        figures["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return figures
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with atomic_file(path) as file:
+        file.write(json.dumps(content, indent=1).encode())

@@ -1,0 +1,217 @@
+"""Training: detectron2's loop and hooks, with draws that a resume repeats exactly.
+
+Every random number of iteration i (region sampling, augmentation, order) derives from the seed, the
+rank and i, so that nothing but weights, optimiser and schedule has to be saved, and a resumed run
+on CPU ends with the same bits as an uninterrupted one.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import detectron2.utils.comm as comm
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase, SimpleTrainer, hooks
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.utils.events import EventStorage
+from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from core.errors import InputError
+from core.progress import Progress
+from detection.loader import EndlessBatches, Record
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class NotFiniteError(RuntimeError):
+    """A loss became NaN or infinite; the message names iteration and losses."""
+
+
+class Trainer(SimpleTrainer):
+    """detectron2's ``SimpleTrainer`` with one path for full and mixed precision.
+
+    Args:
+        model: returns a dict of losses in training mode.
+        loader: endless batches, entered at the iteration at which training starts.
+        optimizer: steps once per iteration.
+        scheduler: detectron2's ``LRScheduler`` hook steps it.
+        dtype: of autocast; None trains in float32.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: EndlessBatches,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(model, loader, optimizer)
+        self.scheduler = scheduler
+        self.dtype = dtype
+        self.device_type = next(model.parameters()).device.type
+        self.scaler = torch.amp.GradScaler(
+            self.device_type, enabled=dtype is torch.float16 and self.device_type == "cuda"
+        )
+
+    def run_step(self) -> None:
+        """One iteration: losses, gradients, step; a loss that is not finite stops the run.
+
+        Raises:
+            NotFiniteError: naming the iteration and every loss, before the weights are touched.
+        """
+        start = time.perf_counter()
+        data = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        with torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype is not None):
+            losses = self.model(data)
+        self.optimizer.zero_grad()
+        self.scaler.scale(sum(losses.values())).backward()
+        self.after_backward()
+        try:
+            self._write_metrics(losses, data_time)
+        except FloatingPointError:
+            values = ", ".join(f"{k} {v.item():.4g}" for k, v in losses.items())
+            raise NotFiniteError(
+                f"a loss is not finite at iteration {self.iter} ({values}); lower "
+                "SOLVER.BASE_LR or lengthen SOLVER.WARMUP_ITERS, then start anew or --resume"
+            ) from None
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().state_dict()
+        state["scaler"] = self.scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.scaler.load_state_dict(state_dict["scaler"])
+
+
+class SeedHook(HookBase):
+    """Seeds torch before each iteration from (seed, rank, iteration)."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def before_step(self) -> None:
+        seed_torch(self.seed, comm.get_rank(), self.trainer.iter)
+
+
+class PreciseBN(hooks.PreciseBN):
+    """detectron2's PreciseBN; always the same first batches, so that a resume repeats them."""
+
+    def __init__(
+        self, period: int, model: nn.Module, loader: EndlessBatches, iterations: int, seed: int
+    ) -> None:
+        super().__init__(period, model, loader, iterations)
+        self.seed = seed
+
+    def update_stats(self) -> None:
+        """Replace running averages by true averages over ``iterations`` batches."""
+        if self._disabled:
+            return
+        self._logger.info(f"Running precise-BN for {self._num_iter} iterations")
+        seed_torch(self.seed, comm.get_rank(), 0)
+        with EventStorage():  # what the forward passes report is no training metric
+            update_bn_stats(self._model, iter(self._data_loader), self._num_iter)
+
+
+class EvaluateHook(hooks.EvalHook):
+    """detectron2's EvalHook; after training only if training ended well."""
+
+    def after_train(self) -> None:
+        if self.trainer.iter >= self.trainer.max_iter:
+            self._do_eval()
+        del self._func
+
+
+class ProgressHook(HookBase):
+    """A bar with ETA and loss on a terminal (a log has detectron2's own lines instead)."""
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+        self.bar: Progress | None = None
+
+    def before_train(self) -> None:
+        start, total = self.trainer.start_iter, self.trainer.max_iter
+        self.bar = Progress(total, self.description, done=start)
+
+    def after_step(self) -> None:
+        if self.bar is not None:
+            history = self.trainer.storage.histories()
+            loss = history["total_loss"].latest() if "total_loss" in history else float("nan")
+            self.bar.update(1, loss=float(loss))
+
+    def after_train(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def build(cfg: CfgNode, records: list[Record]) -> Trainer:
+    """Build model, optimiser and schedule on this rank; hooks are added by ``add_hooks``."""
+    seed_torch(cfg.SEED)  # the same initial weights on all ranks
+    model = build_model(cfg)
+    optimizer = build_optimizer(cfg, model)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    if comm.get_world_size() > 1:
+        cuda = cfg.MODEL.DEVICE.startswith("cuda")
+        model = DistributedDataParallel(
+            model,
+            device_ids=[comm.get_local_rank()] if cuda else None,  # CPU modules take none
+            broadcast_buffers=False,
+        )
+    dtype = DTYPES[cfg.SOLVER.AMP.DTYPE] if cfg.SOLVER.AMP.ENABLED else None
+    return Trainer(model, EndlessBatches(cfg, records), optimizer, scheduler, dtype)
+
+
+def add_hooks(
+    trainer: Trainer,
+    cfg: CfgNode,
+    save_hook: HookBase,
+    evaluate: Callable[[], dict[str, Any]],
+    writers: list[Any],
+    bar: bool,
+) -> None:
+    """Register hooks in the order that matters: schedule, PreciseBN, save, evaluate, write."""
+    precise = cfg.TEST.PRECISE_BN
+    all_hooks: list[HookBase] = [
+        SeedHook(cfg.SEED),
+        hooks.IterationTimer(),
+        hooks.LRScheduler(),
+    ]
+    if precise.ENABLED and get_bn_modules(trainer.model):
+        still = cfg.clone()
+        still.defrost()
+        still.DATALOADER.NUM_WORKERS = 0  # an endless loader is left half-way: no processes
+        batches = EndlessBatches(still, trainer.data_loader.records)
+        all_hooks.append(
+            PreciseBN(cfg.TEST.EVAL_PERIOD, trainer.model, batches, precise.NUM_ITER, cfg.SEED)
+        )
+    all_hooks += [save_hook, EvaluateHook(cfg.TEST.EVAL_PERIOD, evaluate)]
+    if comm.is_main_process():
+        if bar:
+            all_hooks.append(ProgressHook(cfg.SUITE.PROTOCOL))
+        all_hooks.append(hooks.PeriodicWriter(writers, period=20))
+    trainer.register_hooks(all_hooks)
+
+
+def check_batch(cfg: CfgNode, world_size: int) -> None:
+    """Raise InputError unless the batch divides evenly over the processes."""
+    if cfg.SOLVER.IMS_PER_BATCH % world_size or world_size > cfg.SOLVER.IMS_PER_BATCH:
+        raise InputError(
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} cannot be split evenly over "
+            f"{world_size} processes"
+        )
+
+
+def seed_torch(*numbers: int) -> None:
+    """Seed torch's generators, CPU and GPU, from ``numbers``."""
+    words = np.random.SeedSequence(numbers).generate_state(2, np.uint32)
+    torch.manual_seed(int(words[0]) << 31 ^ int(words[1]))

@@ -1,0 +1,235 @@
+"""From a weights file into a detector: every tensor accounted for, the input convention compared.
+
+detectron2 itself only warns when nothing matches, and then trains from random initialisation; a
+wrong mean, channel order or stride matches every name and is silently wrong. Here a run does not
+start unless all backbone tensors match by name and shape, none is left over, and what the weights
+expect as input is what the config feeds.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from torch import Tensor, nn
+
+from core import checkpoint
+from core.errors import InputError
+from core.results import sha256_of
+
+BACKBONE = re.compile(r"^(?:backbone\.bottom_up\.|backbone\.)?((?:stem|res[2-5])\..+)$")
+HEADS = ("proposal_generator.", "roi_heads.", "head.", "backbone.fpn_", "sem_seg_head.")
+COUNTER = "num_batches_tracked"  # of BatchNorm; has no part in what a network computes
+MEAN_TOLERANCE = 0.02  # of 255: rounding between 0.485·255 and the usual 123.675
+CONVENTION = ("mean", "std", "channel_order", "stride_in_1x1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Tensors of a file under detectron2's names, and what the file says of itself."""
+
+    path: Path  # as the user gave it
+    loadable: Path  # the same under detectron2's names: itself, or its conversion
+    sha256: str  # of that file
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]  # empty where the file says nothing
+    whole: bool  # a detector with its heads, not a backbone alone
+
+
+def read_weights(path: str | Path, converted: Path) -> Weights:
+    """Read a backbone or detector; anything else is converted on the way.
+
+    Args:
+        path: a converted file, a detector saved by this suite or detectron2, or a raw checkpoint.
+        converted: where a raw checkpoint's conversion is written.
+
+    Raises:
+        InputError: missing, truncated, holding code, or not recognised.
+    """
+    path = Path(path).expanduser()
+    checkpoint.verify_file(path)
+    if path.suffix in (".pth", ".pt") or not path.suffix:
+        content = checkpoint.load_plain(path)
+        found = _as_detectron2(content)
+        if found is not None:
+            tensors, facts = found
+            whole = any(name.startswith(HEADS) for name in tensors)
+            return Weights(path, path, sha256_of(path), tensors, facts, whole)
+    from convert import d2
+
+    d2.convert(path, converted)
+    content = d2.load_converted(converted)
+    return Weights(
+        path, converted, sha256_of(path), content["model"], dict(content["facts"]), False
+    )
+
+
+def model_shapes(cfg: CfgNode) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every tensor of the config's detector, without computing one."""
+    meta = cfg.clone()
+    meta.defrost()
+    meta.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        model = build_model(meta)
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def match(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Map the detector's tensor names to the file's; complete, or an error.
+
+    A backbone must cover the detector's backbone exactly (in a C4 detector, res5 is part of the box
+    head); a whole detector must cover everything.
+
+    Raises:
+        InputError: a tensor is missing, left over, or of another shape.
+    """
+    targets = [name for name in shapes if COUNTER not in name and not name.startswith("pixel_")]
+    if weights.whole:
+        pairs = {name: name for name in targets if name in weights.tensors}
+        left = [n for n in weights.tensors if n not in pairs and COUNTER not in n]
+        left = [n for n in left if "cell_anchors" not in n and not n.startswith("pixel_")]
+    else:
+        targets = [name for name in targets if _backbone_name(name)]
+        by_name = {_backbone_name(name): name for name in weights.tensors if _backbone_name(name)}
+        pairs = {t: by_name[_backbone_name(t)] for t in targets if _backbone_name(t) in by_name}
+        used = set(pairs.values())
+        left = [n for n in by_name.values() if n not in used and COUNTER not in n]
+    for target, source in pairs.items():
+        have, want = tuple(weights.tensors[source].shape), shapes[target]
+        if have != want:
+            raise InputError(
+                f"{weights.path}: {source} has shape {_x(have)}, but the config's network wants "
+                f"{_x(want)}; is it another architecture (MODEL.RESNETS.DEPTH)?"
+            )
+    missing = [name for name in targets if name not in pairs]
+    what = "detector" if weights.whole else "backbone"
+    if missing:
+        raise InputError(
+            f"{weights.path} covers {len(pairs)} of the {len(targets)} {what} tensors; missing "
+            f"{missing[0]}: nothing is trained on a partly random network"
+        )
+    if left:
+        raise InputError(
+            f"{weights.path} has {len(left)} {what} tensors that the config's network has no place "
+            f"for, such as {left[0]}: it is another architecture"
+        )
+    return pairs
+
+
+def check_convention(weights: Weights, cfg: CfgNode, assume: bool = False) -> None:
+    """Compare what the weights expect as input with what the config feeds.
+
+    Args:
+        weights: with ``facts`` mean and std (RGB, 0..255), channel_order, stride_in_1x1.
+        cfg: PIXEL_MEAN and PIXEL_STD in the order of INPUT.FORMAT.
+        assume: the user vouches for weights that say nothing of themselves.
+
+    Raises:
+        InputError: they differ, or the file says nothing and ``assume`` is not given.
+    """
+    absent = [key for key in CONVENTION if key not in weights.facts]
+    if absent and not assume:
+        raise InputError(
+            f"{weights.path} does not say which {', '.join(absent)} it was trained with; if it is "
+            f"what the config says ({_describe(config_convention(cfg))}), add "
+            "--assume-convention, else convert it with tools/convert_to_d2.py"
+        )
+    has, feeds = weights.facts, config_convention(cfg)
+    keys = {
+        "mean": "MODEL.PIXEL_MEAN",
+        "std": "MODEL.PIXEL_STD",
+        "channel_order": "INPUT.FORMAT",
+        "stride_in_1x1": "MODEL.RESNETS.STRIDE_IN_1X1",
+    }
+    for fact, key in keys.items():
+        if fact in has and not _same(has[fact], feeds[fact]):
+            raise InputError(
+                f"{weights.path} was trained with {fact} {_brief(has[fact])}, but {key} of the "
+                f"config means {_brief(feeds[fact])}; set the config right, or add "
+                "--convention-from-weights to take mean, std, order and stride from the weights"
+            )
+
+
+def config_convention(cfg: CfgNode) -> dict[str, Any]:
+    """Return what the config feeds, as the facts of weights say it: mean and std in RGB, 0..255."""
+    step = 1 if cfg.INPUT.FORMAT == "RGB" else -1
+    return {
+        "mean": [float(v) for v in cfg.MODEL.PIXEL_MEAN][::step],
+        "std": [float(v) for v in cfg.MODEL.PIXEL_STD][::step],
+        "channel_order": cfg.INPUT.FORMAT,
+        "stride_in_1x1": bool(cfg.MODEL.RESNETS.STRIDE_IN_1X1),
+    }
+
+
+def take_convention(cfg: CfgNode, weights: Weights) -> None:
+    """Set the config's input keys to what the weights say of themselves."""
+    absent = [key for key in CONVENTION if key not in weights.facts]
+    if absent:
+        raise InputError(f"{weights.path} does not say its {', '.join(absent)}")
+    facts = weights.facts
+    step = 1 if facts["channel_order"] == "RGB" else -1
+    cfg.INPUT.FORMAT = facts["channel_order"]
+    cfg.MODEL.PIXEL_MEAN = [float(v) for v in facts["mean"]][::step]
+    cfg.MODEL.PIXEL_STD = [float(v) for v in facts["std"]][::step]
+    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = bool(facts["stride_in_1x1"])
+
+
+def load_into(model: nn.Module, weights: Weights) -> int:
+    """Copy the matched tensors into the detector; return how many (batch counters not counted).
+
+    Raises:
+        InputError: see ``match``.
+    """
+    state = model.state_dict()
+    pairs = match(weights, {name: tuple(value.shape) for name, value in state.items()})
+    with torch.no_grad():
+        for target, source in pairs.items():
+            state[target].copy_(weights.tensors[source])
+    return len(pairs)
+
+
+def _as_detectron2(content: Any) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Return tensors and facts of a file under detectron2's names, None if it is another format."""
+    if not isinstance(content, dict) or checkpoint.is_ours(content):
+        return None
+    model = content.get("model", content)
+    if not isinstance(model, dict) or not all(isinstance(name, str) for name in model):
+        return None
+    if not any(_backbone_name(name) == "stem.conv1.weight" for name in model):
+        return None
+    facts = content.get("facts", {})
+    tensors = {k: v for k, v in model.items() if isinstance(v, Tensor)}
+    return tensors, dict(facts) if isinstance(facts, dict) else {}
+
+
+def _backbone_name(name: str) -> str:
+    """Return the name inside the residual network, "" for a tensor of another part."""
+    found = BACKBONE.match(name.removeprefix("roi_heads.") if ".res5." in name else name)
+    return found[1] if found else ""
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(other, list):
+        return all(
+            abs(a - b) <= MEAN_TOLERANCE * max(1.0, abs(b)) / 1.0
+            for a, b in zip(one, other, strict=True)
+        )
+    return bool(one == other)
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(f"{v:.6g}" for v in value) + "]"
+    return str(value)
+
+
+def _describe(convention: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {_brief(value)}" for key, value in convention.items())
+
+
+def _x(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape)) or "scalar"
