@@ -24,7 +24,7 @@ INK, GRID, PAPER = "#1b1c1d", "#d8dadc", "#ffffff"  # exact: replaced by CSS in 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5), (6, 2, 1.5, 2), (3, 1.5), (8, 3))
 MARKERS = ("o", "s", "^", "D", "v", "P")
-POINTS = 160  # a curve is averaged down to at most so many points
+POINTS = 80  # a curve is averaged down to at most so many points
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +49,15 @@ def styles(inits: Sequence[str]) -> dict[str, Style]:
 
 
 def curves_figure(
-    curves: Sequence[tuple[str, Curve]], style: dict[str, Style], title: str, logarithmic: bool
+    curves: Sequence[tuple[str, Curve]], style: dict[str, Style], title: str
 ) -> Figure:
     """Draw curves over iterations, one line per (initialisation, curve); seeds share a style.
 
     Args:
-        curves: (initialisation, points), each averaged down to 160 points.
-        logarithmic: the value axis; ignored where a value is not positive.
+        curves: (initialisation, points), each averaged down to 80 points.
     """
     with _look():
-        figure = Figure(figsize=(4.4, 2.9), layout="constrained")
+        figure = Figure(figsize=(3.5, 2.4), layout="constrained")
         axes = figure.add_subplot()
         for init, curve in curves:
             xs, ys = zip(*thinned(curve), strict=True)
@@ -68,10 +67,6 @@ def curves_figure(
                 marker=look.marker, markevery=0.12, markersize=3.6, markeredgewidth=0,
                 solid_capstyle="round",
             )  # fmt: skip
-        if logarithmic and all(y > 0 for _, curve in curves for _, y in curve):
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:g}"))
-            axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         axes.set_title(title, loc="left")
         axes.set_xlabel("iteration")
         axes.grid(axis="y")
@@ -87,22 +82,22 @@ def trials_figure(table: Table, metric: str, style: dict[str, Style]) -> Figure:
         if isinstance(value := line.values[metric], float)
     }
     with _look():
-        figure = Figure(figsize=(4.4, 0.75 + 0.42 * max(1, len(measured))), layout="constrained")
+        figure = Figure(figsize=(3.5, 0.7 + 0.4 * max(1, len(measured))), layout="constrained")
         axes = figure.add_subplot()
         for place, line in enumerate(measured):
             cell, look = line.cells[metric], style[line.init]
             values = [value for _, value in cell.trials]
-            axes.errorbar(
-                cell.mean or 0.0, place, xerr=cell.std,
-                fmt="|", markersize=15, markeredgewidth=1.6, color=look.colour, capsize=0,
-                elinewidth=1.6,
-            )  # fmt: skip
+            if cell.std is not None:
+                axes.errorbar(
+                    cell.mean or 0.0, place, xerr=cell.std, fmt="|", markersize=13,
+                    markeredgewidth=1.6, color=look.colour, capsize=0, elinewidth=1.6,
+                )  # fmt: skip
             axes.plot(
                 values, [place] * len(values), linestyle="", marker=look.marker, markersize=5.5,
                 color=look.colour, alpha=0.75, markeredgewidth=0,
             )  # fmt: skip
             axes.annotate(
-                number(cell.mean, table.decimals), (cell.mean or 0.0, place), (0, 9),
+                number(cell.mean, table.decimals), (cell.mean or 0.0, place), (0, 8),
                 textcoords="offset points", ha="center", fontsize=7.5, color=INK,
             )  # fmt: skip
             if line.init in rings:
@@ -115,7 +110,7 @@ def trials_figure(table: Table, metric: str, style: dict[str, Style]) -> Figure:
         axes.margins(x=0.12)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
-        axes.set_title(f"{heading(metric)} in {table.unit}", loc="left")
+        axes.set_title(f"{_words(metric)} in {table.unit}", loc="left")
         return figure
 
 
@@ -163,6 +158,12 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
+def _words(metric: str) -> str:
+    """Return a metric's heading on one line: ``AP^bbox`` as ``bbox AP``."""
+    name, _, family = heading(metric).partition("^")
+    return f"{family} {name}".strip()
+
+
 @contextmanager
 def _look() -> Iterator[None]:
     """Set fonts, ink and grid for figures made inside; global settings stay as they were."""
@@ -173,7 +174,7 @@ def _look() -> Iterator[None]:
         "font.family": "sans-serif",
         "font.size": 8.5,
         "axes.titlesize": 9,
-        "axes.titleweight": "semibold",
+        "axes.titleweight": "bold",
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.spines.left": False,

@@ -171,6 +171,14 @@ def to_csv(tables: list[Table]) -> str:
     return buffer.getvalue()
 
 
+def write(tables: list[Table], format: str) -> str:
+    """Return all tables as "markdown", "latex" or "csv"."""
+    if format == "csv":
+        return to_csv(tables)
+    one = {"markdown": to_markdown, "latex": to_latex}[format]
+    return "\n".join(map(one, tables))
+
+
 def latex_text(text: str) -> str:
     """Escape a text for LaTeX, and write the signs that our tables use as commands."""
     return "".join(LATEX_SPECIALS.get(character, character) for character in " ".join(text.split()))

@@ -14,6 +14,7 @@ from report.reference import PublishedTable, Reference, Value, load_reference
 DETECTION_COLUMNS = (  # Table 5's columns
     "bbox/AP", "bbox/AP50", "bbox/AP75", "segm/AP", "segm/AP50", "segm/AP75",
 )  # fmt: skip
+STEP_ORDER = ("detection", "transfer", "analysis", "pretrain")
 FAMILIES = {"bbox": "bbox", "segm": "mask", "keypoints": "keypoint"}
 PLAIN_NAMES = {
     "top1": "top-1",
@@ -120,7 +121,7 @@ class _Footnotes:
 def build_tables(
     rows: Iterable[ResultRow], options: Options | None = None, reference: Reference | None = None
 ) -> list[Table]:
-    """Return one table per (step, protocol, dataset, split, selection), in order of appearance.
+    """Return one table per (step, protocol, dataset, split, selection); detection comes first.
 
     Args:
         rows: any rows; of repeated measurements the newest counts.
@@ -133,7 +134,8 @@ def build_tables(
     for row in latest(rows):
         key = (row.step, row.protocol, row.dataset, row.split, row.selection)
         groups.setdefault(key, []).append(row)
-    return [_table(group, options, reference) for group in groups.values()]
+    ranked = sorted(groups, key=lambda key: STEP_ORDER.index(key[0]))
+    return [_table(groups[key], options, reference) for key in ranked]
 
 
 def heading(metric: str, columns: Sequence[str] = ()) -> str:
@@ -147,9 +149,20 @@ def heading(metric: str, columns: Sequence[str] = ()) -> str:
 
 
 def recipe_of(row: ResultRow) -> str:
-    """Return what tells two recipes of one protocol apart (its overrides), "" for the plain one."""
-    recipe = row.details.get("recipe", "")
-    return recipe if isinstance(recipe, str) else ""
+    """Return what must be equal for two rows of one protocol to share a mean, "" where unknown.
+
+    A detection row's ``config`` hashes what makes its protocol; that of other steps also holds the
+    seed and folders, and says nothing about two trials being of one recipe.
+    """
+    return row.config if row.step == "detection" else ""
+
+
+def overrides_of(row: ResultRow) -> str:
+    """Return the keys in which a run left its named protocol, as ``KEY VALUE`` text."""
+    overrides = row.details.get("overrides")
+    if not isinstance(overrides, dict):
+        return ""
+    return ", ".join(f"{key} {value}" for key, value in overrides.items())
 
 
 def _table(rows: list[ResultRow], options: Options, reference: Reference) -> Table:
@@ -158,9 +171,10 @@ def _table(rows: list[ResultRow], options: Options, reference: Reference) -> Tab
     footnotes = _Footnotes()
     lines = _sorted(_lines(rows, columns, options, footnotes), options.order)
     lines = [_with_delta(line, lines, columns, options.baseline, footnotes) for line in lines]
-    lines = _note_trials(lines, options, footnotes)
+    if first.step != "pretrain":  # given weights have no pretraining to be missing
+        lines = _note_trials(lines, options, footnotes)
     published, why_not = _published(first, columns, options, reference, footnotes)
-    notes = []
+    notes = [f"{first.protocol} changes {text}." for text in [overrides_of(first)] if text]
     if not any(line.init == options.baseline for line in lines):
         notes.append(f"No Δ: the baseline {options.baseline!r} has no rows here.")
     if any(len(line.seeds) > 1 for line in lines):
@@ -202,15 +216,20 @@ def _lines(
     for row in rows:
         key = (row.init, row.epoch, recipe_of(row), row.code)
         groups.setdefault(key, []).append(row)
-    codes = {row.code for row in rows}
+    codes, recipes = {row.code for row in rows}, {recipe_of(row) for row in rows}
     lines = []
     for (init, epoch, recipe, code), group in groups.items():
         label = options.labels.get(init) or init
         if len({key[1] for key in groups if key[0] == init}) > 1:
             label += f", epoch {epoch}"
         marks = []
-        if recipe:
-            marks.append(footnotes.mark(f"Recipe differs from the plain protocol: {recipe}."))
+        if len(recipes) > 1:
+            name = recipe[:8] or "unknown"
+            marks.append(
+                footnotes.mark(
+                    f"Measured with config {name}; different configs are never averaged."
+                )
+            )
         if len(codes) > 1:
             marks.append(
                 footnotes.mark(
@@ -293,7 +312,7 @@ def _note_trials(lines: list[Line], options: Options, footnotes: _Footnotes) -> 
             mark = footnotes.mark(f"{total} of {planned} trials so far.")
             line = dataclasses.replace(line, marks=(*line.marks, mark))
         noted.append(line)
-    columns = list(lines[0].cells) if lines else []
+    columns = list(lines[0].cells)
     for init, planned in options.expected.items():
         if planned and not any(line.init == init for line in lines):
             mark = footnotes.mark("Not measured (yet).")
@@ -336,14 +355,16 @@ def _published(
 def _why_nothing_beside(row: ResultRow, tables: list[PublishedTable]) -> str:
     if not tables:
         return ""
-    known = []
+    places: dict[str, list[str]] = {}
     for table in tables:
-        where = f"on {table.dataset} ({table.split})" if table.dataset else "on other data"
-        protocol = table.protocol or "a recipe that is not published"
-        known.append(f"{table.title}: {protocol} {where}")
+        place = f"on {table.dataset} ({table.split})" if table.dataset else "on other data"
+        places.setdefault(place, []).append(table.protocol or "a recipe that is not published")
+    known = "; ".join(
+        f"{', '.join(dict.fromkeys(names))} {place}" for place, names in places.items()
+    )
     return (
-        f"No published numbers stand beside this table: it is {row.protocol} on {row.dataset} "
-        f"({row.split}), they are of another protocol or other data ({'; '.join(known)})."
+        f"No published numbers stand beside this table: none are of {row.protocol} on "
+        f"{row.dataset} ({row.split}). Those that we know are of {known}."
     )
 
 

@@ -50,9 +50,9 @@ def test_rows_of_another_protocol_data_split_or_selection_stand_in_another_table
 
 
 @pytest.mark.parametrize(
-    "change", [{"code": "b" * 40}, {"epoch": 7}, {"details": {"recipe": "FREEZE_AT 5"}}]
+    "change", [{"code": "b" * 40}, {"epoch": 7}, {"config": "c"}]
 )
-def test_rows_of_other_code_epoch_or_recipe_are_not_averaged(change):
+def test_rows_of_other_code_epoch_or_config_are_not_averaged(change):
     lines = one([row(10.0), row(20.0, seed=2, weights="v", **change)]).lines
     assert sorted(line.cells["bbox/AP"].mean for line in lines) == [10.0, 20.0]
 
@@ -72,6 +72,18 @@ def test_a_seed_measured_again_counts_once_with_its_newest_weights():
         (line,) = (table := one(rows)).lines
         assert line.cells["bbox/AP"].trials == ((1, 20.0),)
         assert "more than once for seed 1" in table.footnotes[0]
+
+
+def test_configs_of_other_steps_hold_the_seed_and_do_not_part_the_trials():
+    rows = [row(10.0, step="transfer", metric="top1", config="x")]
+    rows += [row(20.0, step="transfer", metric="top1", config="y", seed=2, weights="v")]
+    (line,) = one(rows).lines
+    assert line.cells["top1"].mean == 15.0
+
+
+def test_what_a_changed_protocol_changes_is_said():
+    table = one([row(10.0, details={"overrides": {"MODEL.BACKBONE.FREEZE_AT": 5}})])
+    assert "MODEL.BACKBONE.FREEZE_AT 5" in table.notes[0]
 
 
 def test_missing_trials_and_initialisations_are_said():

@@ -1,0 +1,174 @@
+"""One self-contained page (and the files beside it) from run folders alone."""
+
+import dataclasses
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from report import formats
+from report.figures import Style, curves_figure, inline_svg, save_figure, styles, trials_figure
+from report.gallery import draw_gallery
+from report.runs import Run
+from report.sections import CurveGroup, class_tables, curve_groups, provenance, published_elsewhere
+from report.tables import Options, Table, build_tables, heading, short_code
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """What a page says beyond its rows."""
+
+    title: str = "Transfer report"
+    description: str = ""
+    options: Options = dataclasses.field(default_factory=Options)
+    images: int = 6  # validation images to draw
+    score: float = 0.5  # predictions below it are not drawn
+    remarks: tuple[str, ...] = ()  # e.g. cells that failed, with their logs
+    command: str = ""  # how to make this page again
+
+
+def write_report(runs: Sequence[Run], folder: str | Path, page: Page) -> list[Table]:
+    """Write table.{md,tex,csv}, report.html and figures/ into ``folder``; return the tables.
+
+    Args:
+        runs: as ``report.runs.find_runs`` gives them.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [row for run in runs for row in run.rows]
+    tables = build_tables(rows, page.options)
+    write_tables(tables, folder)
+    (folder / "report.html").write_text(render(runs, tables, folder, page), encoding="utf-8")
+    return tables
+
+
+def write_tables(tables: Sequence[Table], folder: Path) -> None:
+    """Write table.md, table.tex and table.csv."""
+    markdown = "\n".join(map(formats.to_markdown, tables))
+    (folder / "table.md").write_text(markdown, encoding="utf-8")
+    (folder / "table.tex").write_text("\n".join(map(formats.to_latex, tables)), encoding="utf-8")
+    (folder / "table.csv").write_text(formats.to_csv(list(tables)), encoding="utf-8")
+
+
+def render(runs: Sequence[Run], tables: Sequence[Table], folder: Path, page: Page) -> str:
+    """Return the page; its figures are also saved under ``folder/figures``."""
+    inits = [*page.options.order, *(run.init for run in runs)]
+    style = styles(inits)
+    labels = {init: page.options.labels.get(init) or init for init in dict.fromkeys(inits)}
+    keep = _FigureKeeper(folder / "figures")
+    strips, no_gallery = draw_gallery(runs, labels, page.images, page.score)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.globals.update(formats=formats, heading=html_heading, short_code=short_code)
+    now = datetime.datetime.now(datetime.UTC)
+    codes = sorted({row.code for run in runs for row in run.rows})
+    return environment.get_template("report.html.j2").render(
+        page=page,
+        made=now.strftime("%d %B %Y, %H:%M UTC").lstrip("0"),
+        codes=[short_code(code) for code in codes],
+        tables=[_view(n, table, style, page, keep) for n, table in enumerate(tables)],
+        strips=strips,
+        no_gallery=no_gallery,
+        curves=_drawn(curve_groups(runs), style, labels, keep),
+        provenance=provenance(runs, labels),
+        configs=[(f"{r.path.parent.name}/{r.path.name}", r.config) for r in runs if r.config],
+        classes=class_tables(runs, tables, labels),
+        published=published_elsewhere(tables, page.options.references),
+    )
+
+
+@dataclasses.dataclass
+class _FigureKeeper:
+    """Saves each figure beside the page and returns it for the page."""
+
+    folder: Path
+
+    def keep(self, figure: Figure, name: str, description: str) -> Markup:
+        save_figure(figure, self.folder, name)
+        return Markup(inline_svg(figure, name, description))  # escaped by matplotlib
+
+
+def _view(
+    number: int, table: Table, style: dict[str, Style], page: Page, keep: _FigureKeeper
+) -> dict[str, Any]:
+    """Return what the template needs of a table."""
+    figures = []
+    for metric in table.delta_columns[:2]:
+        if any(line.cells[metric].trials for line in table.lines):
+            name = f"trials-{number}-{metric.replace('/', '-').replace('@', '-')}"
+            figure = trials_figure(table, metric, style)
+            words = f"{heading(metric)} of every initialisation, a dot per trial"
+            figures.append(keep.keep(figure, name, words))
+    colours = {line.init: style[line.init].colour for line in table.lines if line.init in style}
+    return {
+        "table": table,
+        "figures": figures,
+        "colours": colours,
+        "summary": _summary(table),
+        "best": {metric: _best(table, metric) for metric in table.columns},
+        "baseline": page.options.labels.get(table.baseline) or table.baseline,
+        "code_note": formats.code_note(table),
+        "sources": sorted({line.source for line in table.published}),
+    }
+
+
+def _summary(table: Table) -> list[dict[str, Any]]:
+    """Return, per initialisation that has a Δ, its words and (signed Δ, heading) pairs."""
+    base = next((line for line in table.lines if line.init == table.baseline), None)
+    if base is None:
+        return []
+    sentences = []
+    for line in table.lines:
+        parts = [
+            (formats.signed(line.cells[m].delta, table.decimals), html_heading(m))
+            for m in table.delta_columns
+            if line.cells[m].delta is not None
+        ]
+        if parts:
+            sentences.append({"words": f"{line.label} against {base.label}", "parts": parts})
+    return sentences
+
+
+def _best(table: Table, metric: str) -> float | None:
+    means = [line.cells[metric].mean for line in table.lines]
+    known = [mean for mean in means if mean is not None]
+    return max(known) if len(known) > 1 else None
+
+
+def html_heading(metric: str, columns: Sequence[str] = ()) -> Markup:
+    """Return a heading with raised family and lowered threshold: AP⁽ᵇᵇᵒˣ⁾, AP₅₀."""
+    name, _, family = heading(metric, columns).partition("^")
+    if not name.startswith("AP"):
+        return Markup("{}").format(heading(metric, columns))
+    lower = Markup("<sub>{}</sub>").format(name[2:]) if name[2:] else Markup("")
+    upper = Markup("<sup>{}</sup>").format(family) if family else Markup("")
+    return Markup("AP") + upper + lower
+
+
+def _drawn(
+    groups: Sequence[CurveGroup],
+    style: dict[str, Style],
+    labels: dict[str, str],
+    keep: _FigureKeeper,
+) -> list[dict[str, Any]]:
+    """Return the groups of curves with their figures and legends."""
+    views = []
+    for group in groups:
+        figures = []
+        for key, curves in group.curves.items():
+            words = f"{group.title}: {key} over iterations"
+            name = "curve-" + "".join(c if c.isalnum() else "-" for c in f"{group.title} {key}")
+            figures.append(keep.keep(curves_figure(curves, style, key), name.lower(), words))
+        inits = {init for curves in group.curves.values() for init, _ in curves}
+        legend = [(labels[init], style[init]) for init in style if init in inits]
+        views.append({"title": group.title, "figures": figures, "legend": legend})
+    return views

@@ -1,0 +1,452 @@
+"""The runner of suites, with stand-ins for the tools: what runs, what is skipped, what goes on.
+
+The stand-ins obey the real command lines, keep a diary of their calls, and fail, stop or take
+long on request (files named ``fail-<output>`` and the like beside the diary).
+"""
+
+import dataclasses
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from core.config import ROOT, InputError, load_config
+from core.results import ResultRow
+from report.runs import read_run
+from suite.benchmark import Request, benchmark
+from suite.child import run_child
+from suite.plan import Suite, command, load_suite, make_plan, select
+from suite.records import Records, State, changed_recipe, make_room
+from suite.runner import clock_time, run_plan, verdicts
+
+HEAD = """
+import json, pathlib, sys, time
+here = pathlib.Path(__file__).parent
+words = sys.argv[1:]
+with (here / "diary").open("a") as diary:
+    diary.write(json.dumps([pathlib.Path(__file__).stem, *words]) + "\\n")
+def after(name): return words[words.index(name) + 1]
+output = pathlib.Path(after("--output"))
+mark = output.name.removesuffix("_d2.pth")
+def stop_if_asked(kind):
+    if (here / f"fail-{kind}-{mark}").exists():
+        print("cannot go on", file=sys.stderr)
+        sys.exit(1)
+"""
+PRETRAIN = (
+    HEAD
+    + """
+if "--resume" in words:
+    assert (output / "resume.pth").exists()
+elif output.exists() and any(output.iterdir()):
+    sys.exit(2)
+(output / "checkpoints").mkdir(parents=True, exist_ok=True)
+(output / "resume.pth").write_text("x")
+stop_if_asked("pretrain")
+recipe = " ".join(words[words.index(str(output)) + 1:]).replace("--resume ", "")
+for epoch in (9, 10):
+    (output / f"checkpoints/epoch_{epoch:04d}.pth").write_text(f"{recipe} {epoch}")
+(output / "log.jsonl").write_text('{"iteration": 0, "loss": 2}\\n{"iteration": 1, "loss": 1}\\n')
+"""
+)
+CONVERT = (
+    HEAD
+    + """
+source = pathlib.Path(words[0])
+stop_if_asked("convert")
+output.write_text("converted " + source.read_text())
+print("converted", source.name)
+"""
+)
+DETECT = (
+    HEAD
+    + """
+import hashlib
+weights = hashlib.sha256(pathlib.Path(after("--weights")).read_bytes()).hexdigest()
+row = dict(step="detection", protocol=pathlib.Path(after("--config")).stem, dataset="shapes",
+    split="val", metric="bbox/AP", value=10.0 + len(after("--init")), unit="%",
+    init=after("--init"), seed=int(after("--seed")), weights=weights,
+    config=str(words[words.index("SOLVER.MAX_ITER") + 1]), code="c")
+with (output / "results.jsonl").open("a") as file:
+    file.write(json.dumps(row) + "\n")
+"""
+)
+
+
+class Bench:
+    """A suite of two initialisations × one protocol on stand-in tools."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.tools, self.root = folder, folder / "tools", folder / "runs"
+        self.tools.mkdir()
+        for name, text in (
+            ("run_pretrain", PRETRAIN), ("convert_to_d2", CONVERT), ("train_net", DETECT),
+        ):  # fmt: skip
+            (self.tools / f"{name}.py").write_text(textwrap.dedent(text))
+        (folder / "ce.yaml").write_text("optim: {lr: 0.1}\n")
+        (folder / "quick.yaml").write_text("SOLVER: {BASE_LR: 0.02}\n")
+        self.config = folder / "suite.yaml"
+        self.config.write_text(
+            f"""
+            initialisations:
+              random: {{config: {folder}/ce.yaml, overrides: {{loop.epochs: 0}}}}
+              ce: {{config: {folder}/ce.yaml, method: ce}}
+            protocols:
+              quick: {{config: {folder}/quick.yaml, overrides: {{SOLVER.MAX_ITER: 5}}}}
+            seeds: [1]
+            """
+        )
+
+    def run(self, *overrides: str, **request: object) -> int:
+        values = {"config": str(self.config), "output": str(self.root)} | request
+        asked = Request(**values, overrides=list(overrides))  # type: ignore[arg-type]
+        return benchmark(asked, self.tools)
+
+    def calls(self) -> list[list[str]]:
+        """Return the calls since the last time."""
+        diary = self.tools / "diary"
+        lines = diary.read_text().splitlines() if diary.exists() else []
+        diary.unlink(missing_ok=True)
+        return [json.loads(line) for line in lines]
+
+    def tools_called(self) -> list[str]:
+        return [f"{call[0]} {Path(call[call.index('--output') + 1]).name}" for call in self.calls()]
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def test_every_cell_runs_once_with_the_agreed_command_lines(bench: Bench, capfd):
+    assert bench.run() == 0
+    calls = bench.calls()
+    root, configs = str(bench.root), str(bench.folder)
+    assert calls[:3] == [
+        ["run_pretrain", "--config", f"{configs}/ce.yaml", "--output", f"{root}/pretrain/random-s1",
+         "loop.epochs", "0", "seed", "1"],
+        ["convert_to_d2", f"{root}/pretrain/random-s1/checkpoints/epoch_0010.pth",
+         "--output", f"{root}/weights/random-s1_d2.pth"],
+        ["train_net", "--config", f"{configs}/quick.yaml", "--init", "random", "--seed", "1",
+         "--weights", f"{root}/weights/random-s1_d2.pth", "--output", f"{root}/quick/random-s1",
+         "SOLVER.MAX_ITER", "5"],
+    ]  # fmt: skip
+    assert calls[3][:2] == ["run_pretrain", "ce"]
+    printed = capfd.readouterr().out
+    assert "[1/6] pretrain random, seed 1: elapsed 0:00, ETA --:--" in printed
+    assert "converted epoch_0010.pth" in printed  # the children's own output passes through
+    assert "| random" in printed
+    assert "converted" in (bench.root / "logs/convert--ce-s1.log").read_text()
+    for name in ("table.md", "table.tex", "table.csv", "report.html"):
+        assert (bench.root / name).stat().st_size > 0
+
+
+def test_what_is_done_is_skipped(bench: Bench, capfd):
+    bench.run()
+    bench.calls()
+    table = (bench.root / "table.md").read_text()
+    assert bench.run() == 0
+    assert bench.calls() == []
+    assert capfd.readouterr().out.count("done already") == 6
+    assert (bench.root / "table.md").read_text() == table
+
+
+def test_a_changed_recipe_is_named_and_only_what_depends_on_it_runs_again(bench: Bench, capfd):
+    bench.run()
+    bench.calls()
+    bench.run("initialisations.ce.overrides.optim.lr", "0.2")
+    assert bench.tools_called() == [
+        "run_pretrain ce-s1", "convert_to_d2 ce-s1_d2.pth", "train_net ce-s1",
+    ]  # fmt: skip
+    printed = capfd.readouterr().out
+    assert "the recipe has changed: optim.lr: 0.1 → 0.2" in printed
+    assert "its input weights have changed" in printed
+    assert (bench.root / "pretrain/ce-s1.old1/checkpoints").is_dir()  # nothing is lost
+    assert len(read_run(bench.root / "quick/ce-s1").rows) == 1
+
+
+def test_a_changed_base_config_of_the_protocol_is_noticed(bench: Bench):
+    bench.run()
+    bench.calls()
+    (bench.folder / "quick.yaml").write_text("SOLVER: {BASE_LR: 0.01}\n")
+    bench.run()
+    assert bench.tools_called() == ["train_net random-s1", "train_net ce-s1"]
+
+
+def test_changed_weights_or_lost_rows_are_not_reused(bench: Bench):
+    bench.run()
+    bench.calls()
+    (bench.root / "weights/ce-s1_d2.pth").write_text("tampered")
+    (bench.root / "quick/random-s1/results.jsonl").unlink()
+    bench.run()
+    assert bench.tools_called() == ["train_net random-s1", "convert_to_d2 ce-s1_d2.pth"]
+
+
+def test_a_failed_cell_does_not_stop_the_others_and_is_named_with_its_log(bench: Bench, capfd):
+    (bench.tools / "fail-pretrain-random-s1").touch()
+    assert bench.run() == 1
+    assert bench.tools_called() == [
+        "run_pretrain random-s1", "run_pretrain ce-s1", "convert_to_d2 ce-s1_d2.pth",
+        "train_net ce-s1",
+    ]  # fmt: skip
+    printed = capfd.readouterr()
+    assert "exit status 1; log:" in printed.out
+    assert "! pretrain/random-s1 has failed" in printed.err
+    assert "! quick/random-s1 was not run" in printed.err
+    assert "cannot go on" in (bench.root / "logs/pretrain--random-s1.log").read_text()
+    assert "pretrain/random-s1 has failed" in (bench.root / "report.html").read_text()
+    (bench.tools / "fail-pretrain-random-s1").unlink()
+    assert bench.run() == 0
+    assert "--resume" in bench.calls()[0]  # it goes on from what was saved
+    assert "Not measured" not in (bench.root / "table.md").read_text()
+
+
+def test_a_tool_that_leaves_no_rows_has_failed_whatever_its_status(bench: Bench, capfd):
+    (bench.tools / "train_net.py").write_text("print('nothing to do')")
+    assert bench.run() == 1
+    assert "left no result rows" in capfd.readouterr().out
+
+
+def test_more_seeds_run_only_what_is_new_and_the_table_counts_trials(bench: Bench):
+    bench.run()
+    bench.calls()
+    assert bench.run(seeds="1,2", only="ce") == 0
+    assert bench.tools_called() == [
+        "run_pretrain ce-s2", "convert_to_d2 ce-s2_d2.pth", "train_net ce-s2",
+    ]  # fmt: skip
+    table = (bench.root / "table.md").read_text()
+    assert "2 (seeds 1, 2)" in table
+    assert "1 of 2 trials so far" in table  # random has one; --only does not hide it
+
+
+def test_given_weights_are_converted_once_for_all_seeds(bench: Bench):
+    weights = bench.folder / "moco.pth"
+    weights.write_text("moco")
+    bench.config.write_text(
+        f"""
+        initialisations:
+          moco: {{weights: {weights}, format: moco}}
+        protocols:
+          quick: {{config: {bench.folder}/quick.yaml, overrides: {{SOLVER.MAX_ITER: 5}}}}
+        baseline: moco
+        seeds: [1, 2]
+        """
+    )
+    assert bench.run() == 0
+    calls = bench.calls()
+    assert [call[0] for call in calls] == ["convert_to_d2", "train_net", "train_net"]
+    assert calls[0][1:] == [
+        str(weights), "--format", "moco", "--output", f"{bench.root}/weights/moco_d2.pth",
+    ]  # fmt: skip
+
+
+def test_missing_weights_are_said_before_anything_runs(bench: Bench):
+    with pytest.raises(InputError, match=r"initialisations\.ce\.weights PATH"):
+        bench.run("initialisations.ce", "{config: '', weights: nowhere.pth}")
+    assert bench.calls() == []
+    assert not bench.root.exists()
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(bench: Bench, capsys):
+    assert bench.run(dry_run=True) == 0
+    printed = capsys.readouterr().out
+    assert "2 cells, 6 steps" in printed
+    assert "run_pretrain.py ce --config" in printed
+    assert "--weights '<convert/ce-s1>'" in printed
+    assert not bench.root.exists()
+    bench.run()
+    capsys.readouterr()
+    bench.run("protocols.quick.overrides.SOLVER.MAX_ITER", "9", dry_run=True)
+    printed = capsys.readouterr().out
+    assert printed.count("] done ") == 4
+    assert "SOLVER.MAX_ITER: 5 → 9" in printed
+    assert "2 steps to run" in printed
+
+
+def start(bench: Bench) -> subprocess.Popen[str]:
+    """Start the suite in a process of its own, and wait until the hanging step has begun."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from pathlib import Path\nfrom suite.benchmark import Request, benchmark\n"
+        f"sys.exit(benchmark(Request({str(bench.config)!r}, {str(bench.root)!r}), "
+        f"Path({str(bench.tools)!r})))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    log = bench.root / "logs/quick--random-s1.log"
+    end = time.monotonic() + 60
+    while not (log.exists() and "hanging" in log.read_text()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return process
+
+
+def test_interrupted_it_lets_the_step_save_and_goes_on_the_next_time(bench: Bench):
+    (bench.tools / "hang-random-s1").touch()
+    process = start(bench)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert (bench.root / "quick/random-s1/saved").read_text() == "in time"
+    (bench.tools / "hang-random-s1").unlink()
+    bench.calls()
+    assert bench.run() == 0
+    calls = bench.calls()
+    assert "--resume" in calls[0]
+    assert [call[0] for call in calls] == [
+        "train_net", "run_pretrain", "convert_to_d2", "train_net",
+    ]  # fmt: skip
+
+
+def test_a_killed_runner_leaves_a_lock_with_the_step_that_it_has_left_behind(bench: Bench):
+    (bench.tools / "hang-random-s1").touch()
+    process = start(bench)
+    process.kill()
+    process.communicate(timeout=30)
+    with pytest.raises(InputError, match="is in use by another benchmark"):
+        bench.run()
+    for pid in _processes_with(str(bench.root / "quick/random-s1")):
+        os.kill(pid, signal.SIGKILL)
+    (bench.tools / "hang-random-s1").unlink()
+    end = time.monotonic() + 30
+    while True:
+        try:
+            assert bench.run() == 0
+            break
+        except InputError:
+            assert time.monotonic() < end
+
+
+def _processes_with(word: str) -> list[int]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "cmdline").read_bytes().decode().split("\0")
+        except OSError:
+            continue
+        if word in words and "train_net.py" in " ".join(words):
+            found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("protocls: {}", "did you mean 'protocols'"),
+        ("seeds: [1, 1]", "must be different"),
+        ("seeds: one", "seeds"),
+        ("baseline: cee", "did you mean 'ce'"),
+        ("initialisations: {'a/b': {config: x}}", "cannot name a folder"),
+        ("initialisations: {new: {}}", "either config or weights"),
+        ("initialisations: {ce: {weigths: x}}", "weigths"),
+        ("protocols: {quick: {config: ''}}", "needs a config"),
+    ],
+)
+def test_a_wrong_suite_is_refused_in_words(bench: Bench, tmp_path: Path, text: str, complaint: str):
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(f"_BASE_: suite.yaml\n{text}\n")
+    with pytest.raises(InputError, match=complaint):
+        load_suite(wrong)
+
+
+def test_only_keeps_what_the_named_cells_need(bench: Bench):
+    plan = make_plan(load_suite(bench.config, ["seeds", "[1, 2]"]), "s", bench.root)
+    names = [job.name for job in select(plan, ["quick/ce-s2"]).jobs]
+    assert names == ["pretrain/ce-s2", "convert/ce-s2", "quick/ce-s2"]
+    with pytest.raises(InputError, match="names no cell"):
+        select(plan, ["ctc"])
+
+
+def test_several_gpus_reach_both_tools(bench: Bench):
+    plan = make_plan(load_suite(bench.config, ["gpus", "4"]), "s", bench.root)
+    pretrain = command(plan.job("pretrain/ce-s1"), "", False, 4)
+    assert pretrain[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    detect = command(plan.job("quick/ce-s1"), "w.pth", True, 4)
+    assert detect[detect.index("--num-gpus") + 1] == "4"
+    assert "--resume" in detect
+
+
+def test_a_changed_recipe_is_named_key_by_key():
+    assert changed_recipe({"a": 1, "b": [1]}, {"a": 1, "b": (1,)}) == []
+    assert changed_recipe({"a": 1}, {"a": 2, "c": 3}) == ["a: 1 → 2", "c: (unset) → 3"]
+    assert changed_recipe({}, {str(n): n for n in range(6)})[-1] == "and 2 more"
+
+
+def test_a_stranger_s_run_is_kept_and_crumbs_are_cleared(bench: Bench):
+    plan = make_plan(load_suite(bench.config), "s", bench.root)
+    job = plan.job("quick/ce-s1")
+    job.output.mkdir(parents=True)
+    (job.output / "notes.txt").write_text("mine")
+    ((_, verdict, _),) = [v for v in verdicts(plan) if v[0] is job]
+    assert verdict.state is State.RERUN
+    kept = make_room(job, Records(plan.root).read(job))
+    assert kept is not None
+    assert (kept / "notes.txt").read_text() == "mine"
+    run_plan(plan, lambda _: None, bench.tools)
+    record = Records(plan.root).read(job)
+    (job.output / "results.jsonl").unlink()
+    assert make_room(job, record) is None
+    assert not job.output.exists()
+
+
+def test_the_quickstart_and_the_other_suites_can_be_read():
+    files = sorted((ROOT / "configs/suites").glob("*.yaml"))
+    assert any(file.name == "quickstart.yaml" for file in files)
+    for file in files:
+        suite = load_suite(file)
+        assert dataclasses.is_dataclass(suite)
+        assert load_config(Suite, file) == suite
+        assert file.read_text().startswith(f"# tools/benchmark.py --config suites/{file.name}")
+
+
+def test_the_log_keeps_the_last_state_of_every_line(tmp_path: Path, capfd):
+    code = r"import sys; sys.stdout.write('10%\r50%\r100%\nend\r\nlast'); sys.exit(3)"
+    assert run_child([sys.executable, "-c", code], tmp_path / "log") == 3
+    assert (tmp_path / "log").read_text().splitlines()[1:] == ["100%", "end", "last"]
+    assert "50%" in capfd.readouterr().out
+
+
+def test_on_a_terminal_the_child_has_a_terminal(tmp_path: Path):
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from pathlib import Path\nfrom suite.child import run_child\n"
+        "child = 'import sys; print(sys.stdout.isatty(), sys.stderr.isatty())'\n"
+        f"run_child([sys.executable, '-c', child], Path({str(tmp_path / 'log')!r}))"
+    )
+    said = b""
+
+    def read(descriptor: int) -> bytes:
+        nonlocal said
+        data = os.read(descriptor, 1024)
+        said += data
+        return data
+
+    null = os.open(os.devnull, os.O_RDONLY)
+    saved = os.dup(0)
+    os.dup2(null, 0)
+    try:
+        pty.spawn([sys.executable, "-c", code], read)
+    finally:
+        os.dup2(saved, 0)
+        os.close(null)
+        os.close(saved)
+    assert b"True True" in said
+    assert "True True" in (tmp_path / "log").read_text()
+
+
+def test_times_are_written_as_clocks():
+    assert [clock_time(s) for s in (3, 125, 3723)] == ["0:03", "2:05", "1:02:03"]
+
+
+def test_rows_carry_what_done_is_judged_by():
+    names = {field.name for field in dataclasses.fields(ResultRow)}
+    assert {"config", "weights", "code"} <= names

@@ -1,0 +1,48 @@
+#!/usr/bin/env python3
+"""Run a suite (initialisations × protocols × seeds) and print its table.
+
+    tools/benchmark.py --config suites/quickstart.yaml
+    tools/benchmark.py --config suites/table5.yaml --dry-run
+    tools/benchmark.py --config suites/quickstart.yaml --seeds 1,2,3 --only ctc,ce
+    tools/benchmark.py --config suites/quickstart.yaml protocols.NAME.overrides.SOLVER.MAX_ITER 300
+
+What is done is skipped, what was interrupted goes on, a failed cell does not stop the others (and
+makes the exit status 1). Beside the runs: table.md, table.tex, table.csv, report.html, figures/.
+"""
+
+import _checkout  # isort: skip
+
+import argparse
+from typing import NoReturn
+
+from core.errors import InputError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    p = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--config", default="suites/quickstart.yaml", help="as given or under configs/")
+    p.add_argument("--output", default="", help="folder of the suite; default: runs/<its name>")
+    p.add_argument("--only", default="", metavar="A,B", help="initialisations, protocols, cells")
+    p.add_argument("--seeds", default="", metavar="1,2,3", help="instead of the suite's own")
+    p.add_argument("--format", default="markdown", choices=("markdown", "latex", "csv"))
+    p.add_argument("--dry-run", action="store_true", help="print the plan and the commands only")
+    p.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="keys of the suite to change")
+    return p
+
+
+def main() -> int:
+    """Plan, run, report; return 1 where a cell has failed."""
+    arguments = parser().parse_intermixed_args()
+    from suite.benchmark import Request, benchmark
+
+    return benchmark(Request(**vars(arguments)))
+
+
+if __name__ == "__main__":
+    _checkout.run(main)
