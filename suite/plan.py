@@ -17,6 +17,7 @@ from typing import Any
 from core.config import ROOT, InputError, find_config, load_config, read_with_bases
 from report.tables import Options
 
+METHODS = ("random", "ce", "ctc")
 TOOLS = {"pretrain": "run_pretrain.py", "convert": "convert_to_d2.py", "detection": "train_net.py"}
 
 
@@ -24,8 +25,8 @@ TOOLS = {"pretrain": "run_pretrain.py", "convert": "convert_to_d2.py", "detectio
 class Initialisation:
     """Where the weights come from: a pretraining of this suite, or a checkpoint that exists."""
 
-    config: str = ""  # pretraining config; loop.epochs 0 among the overrides is random init
-    method: str = ""  # "ce" or "ctc"; empty: the config's own
+    config: str = ""  # pretraining config
+    method: str = ""  # with it: one of METHODS
     overrides: dict[str, Any] = dataclasses.field(
         default_factory=dict
     )  # dotted keys of that config
@@ -127,6 +128,9 @@ def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
     for name, init in suite.initialisations.items():
         if bool(init.config) == bool(init.weights):
             raise InputError(f"{where}: initialisation {name!r} needs either config or weights")
+        if init.config and init.method not in METHODS:
+            known = ", ".join(METHODS)
+            raise InputError(f"{where}: initialisation {name!r} needs a method, one of {known}")
     for name, protocol in suite.protocols.items():
         if not protocol.config:
             raise InputError(f"{where}: protocol {name!r} needs a config")
@@ -238,12 +242,12 @@ def _weights_jobs(
     config = find_config(init.config, "pretrain")
     recipe = _recipe(config, init.overrides)
     recipe |= {"seed": seed, "method": init.method, "arguments": init.arguments}
-    options = ("--config", str(config), *init.arguments)
+    options = ("--config", str(config), "--init", name, *init.arguments)
     pairs = _pairs({**_flat(init.overrides), "seed": seed})
     stem = f"{name}-s{seed}"
     pretrain = Job(
         f"pretrain/{stem}", "pretrain", name, seed, "", root / "pretrain" / stem,
-        recipe, (init.method,) if init.method else (), options, tuple(pairs),
+        recipe, (init.method,), options, tuple(pairs),
     )  # fmt: skip
     output = root / "weights" / f"{stem}_d2.pth"
     convert = Job(f"convert/{stem}", "convert", name, seed, "", output, {}, (), needs=pretrain.name)

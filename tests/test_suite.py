@@ -31,7 +31,7 @@ import json, pathlib, sys, time
 here = pathlib.Path(__file__).parent
 words = sys.argv[1:]
 with (here / "diary").open("a") as diary:
-    diary.write(json.dumps([pathlib.Path(__file__).stem, *words]) + "\\n")
+    print(json.dumps([pathlib.Path(__file__).stem, *words]), file=diary)
 def after(name): return words[words.index(name) + 1]
 output = pathlib.Path(after("--output"))
 mark = output.name.removesuffix("_d2.pth")
@@ -69,13 +69,27 @@ DETECT = (
     HEAD
     + """
 import hashlib
+if "--resume" in words:
+    assert (output / "last_checkpoint").exists()
+elif output.exists() and any(output.iterdir()):
+    sys.exit(2)
+output.mkdir(parents=True, exist_ok=True)
+(output / "last_checkpoint").write_text("model_1.pth")
+stop_if_asked("detect")
+if (here / f"hang-{mark}").exists():
+    print("hanging", flush=True)
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        (output / "saved").write_text("in time")
+        sys.exit(130)
 weights = hashlib.sha256(pathlib.Path(after("--weights")).read_bytes()).hexdigest()
 row = dict(step="detection", protocol=pathlib.Path(after("--config")).stem, dataset="shapes",
     split="val", metric="bbox/AP", value=10.0 + len(after("--init")), unit="%",
     init=after("--init"), seed=int(after("--seed")), weights=weights,
     config=str(words[words.index("SOLVER.MAX_ITER") + 1]), code="c")
 with (output / "results.jsonl").open("a") as file:
-    file.write(json.dumps(row) + "\n")
+    print(json.dumps(row), file=file)
 """
 )
 
@@ -96,7 +110,7 @@ class Bench:
         self.config.write_text(
             f"""
             initialisations:
-              random: {{config: {folder}/ce.yaml, overrides: {{loop.epochs: 0}}}}
+              random: {{method: random, config: {folder}/ce.yaml, overrides: {{arch: r18}}}}
               ce: {{config: {folder}/ce.yaml, method: ce}}
             protocols:
               quick: {{config: {folder}/quick.yaml, overrides: {{SOLVER.MAX_ITER: 5}}}}
@@ -130,8 +144,8 @@ def test_every_cell_runs_once_with_the_agreed_command_lines(bench: Bench, capfd)
     calls = bench.calls()
     root, configs = str(bench.root), str(bench.folder)
     assert calls[:3] == [
-        ["run_pretrain", "--config", f"{configs}/ce.yaml", "--output", f"{root}/pretrain/random-s1",
-         "loop.epochs", "0", "seed", "1"],
+        ["run_pretrain", "random", "--config", f"{configs}/ce.yaml", "--init", "random",
+         "--output", f"{root}/pretrain/random-s1", "arch", "r18", "seed", "1"],
         ["convert_to_d2", f"{root}/pretrain/random-s1/checkpoints/epoch_0010.pth",
          "--output", f"{root}/weights/random-s1_d2.pth"],
         ["train_net", "--config", f"{configs}/quick.yaml", "--init", "random", "--seed", "1",
@@ -249,7 +263,7 @@ def test_given_weights_are_converted_once_for_all_seeds(bench: Bench):
 
 def test_missing_weights_are_said_before_anything_runs(bench: Bench):
     with pytest.raises(InputError, match=r"initialisations\.ce\.weights PATH"):
-        bench.run("initialisations.ce", "{config: '', weights: nowhere.pth}")
+        bench.run("initialisations.ce", "{config: '', method: '', weights: nowhere.pth}")
     assert bench.calls() == []
     assert not bench.root.exists()
 
@@ -347,6 +361,7 @@ def _processes_with(word: str) -> list[int]:
         ("baseline: cee", "did you mean 'ce'"),
         ("initialisations: {'a/b': {config: x}}", "cannot name a folder"),
         ("initialisations: {new: {}}", "either config or weights"),
+        ("initialisations: {new: {config: x}}", "method"),
         ("initialisations: {ce: {weigths: x}}", "weigths"),
         ("protocols: {quick: {config: ''}}", "needs a config"),
     ],
