@@ -109,6 +109,8 @@ def read_weights(path: str, init: str, format: str | None) -> "Backbone":
 
 def _line(row: "ResultRow") -> str:
     selection = "" if row.selection == "last" else f", {row.selection}"
+    if row.details.get("at_grid_edge"):
+        selection += " (at the edge of the grid: widen linear.log10_c_min or _max)"
     return (
         f"{row.init} seed {row.seed}  {row.protocol}  {row.dataset}/{row.split}  {row.metric} "
         f"{row.value:.2f}{row.unit}{selection}"

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core import dist
-from core.checkpoint import atomic_file
+from core import dist, resume
+from core.checkpoint import Facts, atomic_file, save_checkpoint
 from core.datasets import DataConfig, IndexedDataset
 from core.errors import InputError
 from core.features import NonFiniteFeatures, extract
@@ -193,6 +193,10 @@ def _train_and_score(
     metric = (HELD_OUT_METRICS if held_out else METRICS)[judge.metric]
     score: float | None = None
 
+    def save_weights(epoch: int) -> None:
+        if epoch == epochs and not held_out:
+            _save(job, model, learn, folder / "finetuned.pth")
+
     def evaluate(epoch: int) -> dict[str, float]:
         nonlocal score
         score = metric(predict(model, judge, job), judge.labels)
@@ -207,11 +211,11 @@ def _train_and_score(
             dataset,  # type: ignore[arg-type]
             dataclasses.replace(job.loop, batch_size=dataset.batch_size),
             folder,
-            Hooks(evaluate=evaluate),
+            Hooks(save_weights, evaluate),
             seed=job.seed,
             device=job.device,
             workers=job.data.workers,
-            resume_run=job.resume and (folder / "resume.pth").exists(),
+            resume_run=job.resume and (folder / resume.FILE).exists(),
             fingerprint=f"{job.fingerprint} lr {lr} wd {decay}",
         )
         if score is None:  # cut between the last step and this
@@ -221,8 +225,27 @@ def _train_and_score(
     if dist.is_main():
         with atomic_file(done) as file:
             file.write(json.dumps({"lr": lr, "weight_decay": decay, "score": score}).encode())
+        for state in (folder / resume.FILE, folder / resume.PREVIOUS):
+            state.unlink(missing_ok=True)  # finished: it would only fill the disk
     dist.barrier()
     return score
+
+
+def _save(job: Job, model: ResNet, learnt: IndexedDataset, path: Path) -> None:
+    """Write the fine-tuned network, head included, as a checkpoint of this suite."""
+    backbone = job.backbone
+    facts = Facts(
+        arch=model.arch,
+        num_classes=len(learnt.classes),
+        method=f"{backbone.init}+finetuned",
+        epoch=backbone.epoch or 0,
+        seed=job.seed,
+        dataset=learnt.name,
+        image_size=learnt.image_size,
+        mean=(*backbone.inputs.mean,),  # type: ignore[arg-type]
+        std=(*backbone.inputs.std,),  # type: ignore[arg-type]
+    )
+    save_checkpoint(path, model.state_dict(), facts)
 
 
 def predict(model: ResNet, dataset: IndexedDataset, job: Job) -> Tensor:

@@ -1,0 +1,298 @@
+"""The tool from weights to rows, and one sentence for each kind of bad input."""
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from core.checkpoint import Facts, load_checkpoint, save_checkpoint
+from core.config import CONFIG_DIR, load_config
+from core.datasets import DATASETS
+from core.errors import InputError
+from core.resnet import create_model
+from core.results import ResultRow, read_rows, sha256_of
+from transfer.backbone import from_checkpoint, from_tensors
+from transfer.config import TransferConfig
+from transfer.protocols import METHODS
+
+ROOT = Path(__file__).resolve().parent.parent
+ARCH = "resnet18_cifar_w16"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "epoch_0003.pth"
+    facts = Facts(ARCH, 7, "ce", 3, 5, "cifar100", 32, (0.5, 0.4, 0.3), (0.25, 0.2, 0.2))
+    save_checkpoint(path, create_model(ARCH, 7).state_dict(), facts)
+    return path
+
+
+@pytest.fixture
+def run_here(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_npz: Path
+) -> Callable[..., list[ResultRow]]:
+    """Call the tool's main in this process; returns the rows of its output folder."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    tool = importlib.import_module("run_transfer")
+    config = tmp_path / "tiny.yaml"
+    config.write_text(
+        f"data: {{name: npz, root: {tiny_npz}, image_size: 8}}\n"
+        "features: {cache: none}\nknn: {neighbours: [5]}\nfew_shot: {shots: [2]}\n"
+        "linear: {c_values: 5}\nreleased: {epochs: 2}\n"
+        "finetune: {steps: 2, lr: [0.01], weight_decay: [0.0]}\nloop: {batch_size: 8}\n"
+    )
+
+    def call(path: Path, *overrides: str, options: tuple[str, ...] = ()) -> list[ResultRow]:
+        output = tmp_path / "out"
+        command = ["--config", str(config), "--weights", str(path), "--output", str(output)]
+        monkeypatch.setattr(sys, "argv", ["run_transfer.py", *command, *options, *overrides])
+        assert tool.main() == 0
+        return read_rows(output / "results.jsonl")
+
+    return call
+
+
+def test_every_protocol_gives_a_row_that_says_how_it_came_about(
+    run_here: Callable[..., list[ResultRow]], weights: Path
+) -> None:
+    before = weights.read_bytes()
+    rows = run_here(weights, "methods", "[linear, knn, few_shot, released, finetune]")
+    by_name = {row.protocol: row for row in rows}
+    expected = ["linear", "knn_5", "few_shot_2", "linear_released", "finetune"]
+    assert list(by_name) == expected
+    for row in rows:
+        assert (row.step, row.dataset, row.split, row.metric) == (
+            "transfer",
+            "tiny",
+            "test",
+            "top1",
+        )
+        assert (row.init, row.seed, row.epoch, row.unit) == ("ce", 5, 3, "%")
+        assert row.weights == sha256_of(weights)
+        assert row.value is not None
+        assert 0 <= row.value <= 100
+    assert by_name["linear"].selection == "best on held-out train"
+    assert by_name["linear_released"].selection == "best on test"
+    assert "BatchNorm" in by_name["linear_released"].details["flag"]
+    assert len(by_name["few_shot_2"].details["draws"]) == 5
+    assert by_name["finetune"].selection == "last"
+    assert weights.read_bytes() == before
+    assert by_name["linear"].value > 75  # one colour a class: any features tell them apart
+
+
+def test_a_foreign_checkpoint_enters_by_its_format(
+    run_here: Callable[..., list[ResultRow]], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    state = torchvision.models.resnet18().state_dict()
+    moco = {f"module.encoder_q.{k}": v for k, v in state.items() if not k.startswith("fc.")}
+    moco |= {k.replace("encoder_q", "encoder_k"): v for k, v in moco.items()}
+    moco["module.queue"] = torch.zeros(128, 16)
+    torch.save({"state_dict": moco, "arch": "resnet18"}, tmp_path / "moco.pth.tar")
+    torch.save(state, tmp_path / "plain.pth")
+    first = run_here(tmp_path / "moco.pth.tar", options=("--init", "mine"))[-1]
+    second = run_here(tmp_path / "plain.pth")[-1]
+    assert (first.init, second.init) == ("mine", "torchvision")
+    assert first.value == second.value
+    assert first.details["arch"] == "resnet18"
+
+
+def test_bgr_weights_become_the_same_function_of_rgb_images() -> None:
+    """Blue first with its own mean, against the network that is fed so."""
+    torch.manual_seed(0)
+    network = create_model("resnet18", 1).eval()
+    mean, std = (103.5, 116.3, 123.7), (1.0, 2.0, 3.0)
+    made = from_tensors(
+        "resnet18", network.state_dict(), mean, std,
+        channel_order="BGR", stride_in_1x1=False, sha256="", path="x", init="x",
+    )  # fmt: skip
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    blue_first = images.flip(1).float() - torch.tensor(mean)[:, None, None]
+    blue_first /= torch.tensor(std)[:, None, None]
+    with torch.no_grad():
+        expected = network.forward_features(blue_first)
+        found = made.model.eval().forward_features(made.inputs.apply(images))
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-2 * float(expected.abs().max()))
+
+
+def test_msra_strides_stand_in_the_1x1() -> None:
+    network = create_model("resnet50", 1)
+    made = from_tensors(
+        "resnet50", network.state_dict(), (0.0,) * 3, (1.0,) * 3,
+        channel_order="RGB", stride_in_1x1=True, sha256="", path="x", init="x",
+    )  # fmt: skip
+    block = made.model.layer3[0]
+    assert (block.conv1.stride, block.conv2.stride) == ((2, 2), (1, 1))
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert made.model.forward_features(x).shape == network.forward_features(x).shape
+
+
+def spoilt_npz(source: Path, target: Path, **changes: np.ndarray | None) -> Path:
+    content = dict(np.load(source)) | changes
+    np.savez(target, **{k: v for k, v in content.items() if v is not None})
+    return target
+
+
+def test_bad_data_are_refused_in_one_sentence(
+    run_here: Callable[..., list[ResultRow]], weights: Path, tiny_npz: Path, tmp_path: Path
+) -> None:
+    whole = dict(np.load(tiny_npz))
+    no_blue = np.where(whole["y_train"] == 2, 0, whole["y_train"])
+    cases: dict[str, dict[str, np.ndarray | None]] = {
+        "labels": {"y_test": whole["y_test"] + 1},
+        "has only train": {"x_test": None, "y_test": None},
+        "class 'blue' of .* has no image in train": {"y_train": no_blue},
+        "at least 2": {
+            "classes": whole["classes"][:1], "y_train": no_blue * 0, "y_test": no_blue[:24] * 0,
+        },
+    }  # fmt: skip
+    for number, (reason, changes) in enumerate(cases.items()):
+        path = spoilt_npz(tiny_npz, tmp_path / f"bad{number}.npz", **changes)
+        with pytest.raises(InputError, match=reason):
+            run_here(weights, "data.root", str(path))
+    with pytest.raises(InputError, match="few_shot on tiny: class 0 has 16 images"):
+        run_here(weights, "methods", "[few_shot]", "few_shot.shots", "[17]")
+    with pytest.raises(InputError, match="49, but there are 48"):
+        run_here(weights, "methods", "[knn]", "knn.neighbours", "[49]")
+    assert not (tmp_path / "out").exists()
+
+
+def test_splits_must_have_the_same_classes(
+    run_here: Callable[..., list[ResultRow]], weights: Path, tmp_path: Path
+) -> None:
+    """And an image that does not decode is named; the evaluation set is never shortened."""
+    for split, classes in (("train", "ab"), ("test", "ab")):
+        for name in classes:
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (9, 9), (40 * i, 20, 90)).save(folder / f"{i}.png")
+    where = ("data.name", "folder", "data.root", str(tmp_path / "images"))
+    (tmp_path / "images" / "test" / "b" / "2.png").write_bytes(b"\x89PNG broken")
+    with pytest.raises(InputError, match=r"1 of the 8 images of images test.*b/2\.png"):
+        run_here(weights, *where)
+    (tmp_path / "images" / "test" / "b").rename(tmp_path / "images" / "test" / "c")
+    with pytest.raises(InputError, match="class"):
+        run_here(weights, *where)
+
+
+def test_bad_weights_are_refused_in_one_sentence(
+    run_here: Callable[..., list[ResultRow]], weights: Path, tmp_path: Path
+) -> None:
+    good = load_checkpoint(weights)
+    path = tmp_path / "bad.pth"
+    content = torch.load(weights, weights_only=True)
+    content["model"]["layer1.0.conv1.weight"][0] = float("nan")
+    torch.save(content, path)
+    with pytest.raises(InputError, match=r"layer1\.0\.conv1\.weight holds NaN"):
+        run_here(path)
+    torch.save(content | {"model": {k: v for k, v in good.model.items() if "bn2" not in k}}, path)
+    with pytest.raises(InputError, match=r"lacks layer1\.0\.bn2"):
+        run_here(path)
+    torch.save({"words": torch.zeros(100, 8), "encoder.weight": torch.zeros(8, 8)}, path)
+    with pytest.raises(InputError, match=r"bad\.pth"):
+        run_here(path)
+    path.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match="truncated"):
+        run_here(path)
+    with pytest.raises(InputError, match="does not exist"):
+        run_here(tmp_path / "nowhere.pth")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (("methods", "[magic]"), "'magic'; known are linear"),
+        (("methods", "[]"), "nothing"),
+        (("features.dtype", "int8"), "features.dtype"),
+        (("linear.patience", "0"), "linear.patience"),
+        (("linear.patiense", "3"), "linear.patience"),
+        (("knn.neighbours", "[0]"), "knn.neighbours"),
+        (("few_shot.draws", "1"), "few_shot.draws"),
+        (("data.name", "cifar11"), "did you mean"),
+    ],
+)
+def test_bad_configs_are_refused_before_any_work(
+    run_here: Callable[..., list[ResultRow]],
+    weights: Path,
+    overrides: tuple[str, ...],
+    reason: str,
+) -> None:
+    with pytest.raises(InputError, match=reason):
+        run_here(weights, *overrides)
+
+
+def test_a_fine_tuning_is_not_started_over_another(
+    run_here: Callable[..., list[ResultRow]], weights: Path
+) -> None:
+    rows = run_here(weights, "methods", "[finetune]")
+    with pytest.raises(InputError, match="say --resume"):
+        run_here(weights, "methods", "[finetune]")
+    again = run_here(weights, "methods", "[finetune]", options=("--resume",))
+    assert again[-1].value == rows[0].value
+
+
+def test_our_own_checkpoint_loads_whatever_its_stem(weights: Path) -> None:
+    found = from_checkpoint(load_checkpoint(weights), "abc", init="renamed")
+    assert (found.init, found.seed, found.epoch, found.model.arch) == ("renamed", 5, 3, ARCH)
+    state = load_checkpoint(weights).model
+    for key, value in found.model.state_dict().items():
+        if not key.startswith("fc."):
+            assert torch.equal(value, state[key])
+
+
+@pytest.mark.parametrize(
+    "path", sorted((CONFIG_DIR / "transfer").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_each_recipe_says_how_to_run_it_and_loads(path: Path) -> None:
+    config = load_config(TransferConfig, path)
+    assert set(config.methods) <= set(METHODS)
+    if path.name.startswith("base_"):
+        return
+    assert config.data.name in DATASETS
+    head = path.read_text().split("\n\n")[0]
+    assert f"tools/run_transfer.py --config transfer/{path.name}" in head
+
+
+def test_the_tool_runs_from_anywhere_and_exits_with_two_on_bad_input(
+    run_tool: Callable[..., subprocess.CompletedProcess[str]],
+    weights: Path,
+    tiny_npz: Path,
+    tmp_path: Path,
+) -> None:
+    """Two ranks: features shared out, fine-tuning under DDP, one set of rows."""
+    config = tmp_path / "tiny.yaml"
+    config.write_text(
+        f"methods: [linear, finetune]\ndata: {{name: npz, root: {tiny_npz}, image_size: 8}}\n"
+        f"features: {{cache: {tmp_path / 'cache'}}}\nlinear: {{c_values: 3}}\n"
+        "finetune: {steps: 2, lr: [0.01], weight_decay: [0.0]}\nloop: {batch_size: 8}\n"
+    )
+    options = ("--config", config, "--weights", weights, "--output", tmp_path / "out")
+    done = run_tool("run_transfer.py", *options, ranks=2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = read_rows(tmp_path / "out" / "results.jsonl")
+    assert [row.protocol for row in rows] == ["linear", "finetune"]
+    assert rows[0].details["world_size"] == 2
+    assert done.stdout.count("linear  tiny/test  top1") == 1
+    bad = run_tool("run_transfer.py", *options, "data.limit", "-1", cwd=tmp_path)
+    assert bad.returncode == 2
+    assert bad.stderr.startswith("error: data.limit")
+    assert bad.stderr.count("\n") == 1
