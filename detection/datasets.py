@@ -122,10 +122,13 @@ def open_shapes(split: str, shapes: dict[str, Any], folder: Path | None = None) 
     """Draw one split of the embedded data, unless it is there already, and open it."""
     from core.shapes import write_coco
 
-    count = shapes[f"{split.upper()}_IMAGES"]
-    name = f"{SHAPES}_detection_{shapes['SIZE']}px_seed{shapes['SEED']}_{split}{count}"
-    folder = (folder or ROOT / "datasets") / name
-    json_path, images = write_coco(folder, split, n=count, size=shapes["SIZE"], seed=shapes["SEED"])
+    json_path, images = write_coco(
+        folder or ROOT / "datasets",
+        split,
+        n=shapes[f"{split.upper()}_IMAGES"],
+        size=shapes["SIZE"],
+        seed=shapes["SEED"],
+    )
     return open_pair(json_path, images, split, SHAPES)
 
 

@@ -205,9 +205,7 @@ def _open_data(cfg: CfgNode, request: Request) -> tuple[tuple[CocoPair, ...], Co
         else:
             pairs[split] = [open_named(name, shapes) for name in names]
         if not pairs[split]:
-            raise InputError(
-                f"no data: DATASETS.{'TRAIN' if split == 'train' else 'TEST'} is empty"
-            )
+            raise InputError(f"no data: DATASETS.{'TEST' if split == 'val' else 'TRAIN'} is empty")
     if len(pairs["val"]) > 1:
         raise InputError("DATASETS.TEST names several data sets; a run is judged on one")
     train, val = tuple(pairs.get("train", ())), pairs["val"][0]

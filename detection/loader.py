@@ -154,15 +154,15 @@ def seeded(*numbers: int) -> Iterator[None]:
 def _sampler(cfg: CfgNode, records: list[Record]) -> Sampler[int]:
     name, seed = cfg.DATALOADER.SAMPLER_TRAIN, cfg.SEED
     if name == "TrainingSampler":
-        return TrainingSampler(len(records), seed=seed)  # type: ignore[no-any-return]
+        return TrainingSampler(len(records), seed=seed)
     if name == "RepeatFactorTrainingSampler":
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
             records, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
         )
-        return RepeatFactorTrainingSampler(factors, seed=seed)  # type: ignore[no-any-return]
+        return RepeatFactorTrainingSampler(factors, seed=seed)
     if name == "RandomSubsetTrainingSampler":
         ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
-        return RandomSubsetTrainingSampler(  # type: ignore[no-any-return]
+        return RandomSubsetTrainingSampler(
             len(records), ratio, seed_shuffle=seed, seed_subset=0
         )
     raise InputError(
