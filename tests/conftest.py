@@ -1,6 +1,7 @@
 """What several tests need: small real data where it is at hand, and processes that form a group."""
 
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -56,6 +57,30 @@ def run_tool() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture
+def call_tool(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[int, str, str]]:
+    """Run ``tools/NAME args…`` in this process, from an empty folder: (status, stdout, stderr)."""
+
+    def call(name: str, *arguments: object) -> tuple[int, str, str]:
+        folder = tmp_path / "elsewhere"
+        folder.mkdir(exist_ok=True)
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        monkeypatch.setattr(sys, "path", [str(ROOT / "tools"), *sys.path])
+        capsys.readouterr()
+        try:
+            runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")
+            status = 0
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return call
 
 
 @pytest.fixture

@@ -1,0 +1,192 @@
+"""A pretraining from its recipe to its run folder, cut and resumed, and the published recipes."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from core import checkpoint
+from core.config import CONFIG_DIR, InputError, load_config
+from core.results import read_rows
+from pretrain.run import PretrainConfig, Run, plan, pretrain
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = [
+    "arch", "resnet18_cifar_w16", "data.name", "npz", "data.image_size", "16",
+    "loop.batch_size", "16", "loop.amp", "none",
+    "loop.resume_every", "1", "loop.save_every", "1", "ctc.num_negatives", "8",
+    "ctc.stage1.epochs", "2", "ctc.stage2.epochs", "2", "ce.stage.epochs", "2",
+]  # fmt: skip
+
+
+def _config(data: Path, method: str, *overrides: str) -> PretrainConfig:
+    values = ["method", method, "data.root", str(data), *TINY, *overrides]
+    return load_config(PretrainConfig, None, values)
+
+
+@pytest.mark.parametrize(("method", "epochs"), [("random", 0), ("ce", 2), ("ctc", 4)])
+def test_a_run_folder_holds_what_the_next_steps_read(
+    tmp_path: Path, tiny_npz: Path, method: str, epochs: int
+) -> None:
+    config = _config(tiny_npz, method)
+    path = pretrain(config, Run(tmp_path / "run", "recipe", "name"))
+    assert sorted(p.name for p in path.parent.iterdir()) == [
+        f"epoch_{epoch:04d}.pth" for epoch in range(epochs + 1)
+    ]
+    facts = checkpoint.load_checkpoint(path).facts
+    assert (facts.arch, facts.method, facts.epoch) == ("resnet18_cifar_w16", method, epochs)
+    assert (facts.num_classes, facts.dataset, facts.image_size) == (3, tiny_npz.stem, 16)
+    assert load_config(PretrainConfig, tmp_path / "run/config.yaml") == config
+    if epochs:
+        (row,) = read_rows(tmp_path / "run/results.jsonl")
+        assert (row.metric, row.split, row.init, row.epoch) == ("top1", "test", "name", epochs)
+        assert row.weights_path == str(path)
+
+
+def test_the_initialisation_is_the_same_for_every_method(tmp_path: Path, tiny_npz: Path) -> None:
+    """Else a table would compare seeds, not methods."""
+    first = []
+    for method in ("random", "ce", "ctc"):
+        pretrain(_config(tiny_npz, method), Run(tmp_path / method, "r", method))
+        first.append(checkpoint.load_checkpoint(tmp_path / method / "checkpoints/epoch_0000.pth"))
+    for other in first[1:]:
+        assert all(torch.equal(v, other.model[k]) for k, v in first[0].model.items())
+
+
+def test_a_fresh_start_wants_an_empty_folder_and_a_resume_its_own_recipe(
+    tmp_path: Path, tiny_npz: Path
+) -> None:
+    run = Run(tmp_path / "run", "r", "ce")
+    with pytest.raises(InputError, match="nothing to resume"):
+        pretrain(_config(tiny_npz, "ce"), run, resume_run=True)
+    pretrain(_config(tiny_npz, "ce"), run)
+    before = sorted(p.stat().st_mtime_ns for p in run.folder.rglob("*"))
+    with pytest.raises(InputError, match="not empty"):
+        pretrain(_config(tiny_npz, "ce"), run)
+    with pytest.raises(InputError, match="another recipe"):
+        pretrain(_config(tiny_npz, "ce", "ce.stage.lr", "1"), run, resume_run=True)
+    assert sorted(p.stat().st_mtime_ns for p in run.folder.rglob("*")) == before
+    pretrain(_config(tiny_npz, "ce", "loop.log_every", "1"), run, resume_run=True)  # no effect
+    assert len(read_rows(run.folder / "results.jsonl")) == 1
+
+
+def test_a_plan_writes_nothing(tmp_path: Path, tiny_npz: Path) -> None:
+    said = plan(_config(tiny_npz, "ctc"), Run(tmp_path / "run", "r", "ctc"), False)
+    assert "4 epochs = 12 steps of 16 images" in said
+    assert not (tmp_path / "run").exists()
+
+
+def _command(data: Path, output: Path, *more: str) -> list[str]:
+    return [
+        sys.executable, str(ROOT / "tools/run_pretrain.py"), "ctc", "--output", str(output),
+        *TINY, "data.root", str(data), *more,
+    ]  # fmt: skip
+
+
+def test_killed_at_a_random_moment_and_resumed_equals_uninterrupted_bit_for_bit(
+    tmp_path: Path, tiny_npz: Path
+) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(_command(tiny_npz, tmp_path / "whole"), check=True, env=environment)
+    started = time.monotonic()
+    process = subprocess.Popen(_command(tiny_npz, tmp_path / "cut"), env=environment)
+    log = tmp_path / "cut" / "log.jsonl"
+    while not (tmp_path / "cut" / "resume.pth").exists() and process.poll() is None:
+        time.sleep(0.01)
+    steps = random.SystemRandom().uniform(0, 0.5 * (time.monotonic() - started))
+    time.sleep(min(steps, 1.5))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert log.parent.exists()
+    more = ["--resume"]
+    subprocess.run(_command(tiny_npz, tmp_path / "cut", *more), check=True, env=environment)
+    whole, cut = (
+        torch.load(tmp_path / name / "resume.pth", weights_only=True) for name in ("whole", "cut")
+    )
+    _assert_equal(whole["objective"], cut["objective"])
+    _assert_equal(whole["optimizer"], cut["optimizer"])
+
+
+def _assert_equal(one: Any, two: Any) -> None:
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, two)
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            _assert_equal(one[key], two[key])
+    elif isinstance(one, list):
+        for left, right in zip(one, two, strict=True):
+            _assert_equal(left, right)
+    else:
+        assert one == two
+
+
+def test_every_recipe_loads_and_the_released_ones_have_the_released_values() -> None:
+    recipes = {
+        path.stem: load_config(PretrainConfig, path)
+        for path in sorted((CONFIG_DIR / "pretrain").glob("*.yaml"))
+    }
+    for name, config in recipes.items():
+        assert name.startswith(config.method), name
+    vanilla, transferable = recipes["ce_cifar100"], recipes["ctc_cifar100_transferability"]
+    discriminable = recipes["ctc_cifar100_discriminability"]
+    assert recipes["ctc_cifar100"] == transferable
+    for config in (vanilla, transferable, discriminable):
+        assert (config.arch, config.loop.batch_size) == ("resnext32_16x4d", 64)
+        assert config.loop.momentum == 0.9
+    stage = vanilla.ce.stage
+    assert (stage.epochs, stage.lr, stage.weight_decay) == (200, 0.05, 5e-4)
+    assert (stage.warmup_epochs, stage.end_factor) == (5, 0.1)
+    for config, alpha, tau1, tau2 in (
+        (transferable, 0.5, 0.1, 0.1),
+        (discriminable, 0.1, 0.5, 0.4),
+    ):
+        ctc = config.ctc
+        assert (ctc.alpha, ctc.beta, ctc.tau1, ctc.tau2) == (alpha, 1.0, tau1, tau2)
+        assert (ctc.m1, ctc.m2, ctc.dim1, ctc.dim2, ctc.num_negatives) == (
+            0.9,
+            0.9,
+            128,
+            128,
+            16384,
+        )
+        assert (ctc.stage1.epochs, ctc.stage1.lr, ctc.stage1.weight_decay) == (200, 0.05, 1e-3)
+        assert (ctc.stage2.epochs, ctc.stage2.lr, ctc.stage2.weight_decay) == (100, 0.005, 5e-4)
+    assert recipes["ce_cifar100_300"].ce.stage.epochs == 300
+    assert recipes["ctc_cifar100_beta0"].ctc.beta == 0.0
+    for name in ("ce_cifar100_aa", "ctc_cifar100_aa"):
+        assert recipes[name].data.augmentation == "crop_flip_aa"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ce", "loop.bach_size", "3"], "did you mean 'loop.batch_size'"),
+        (["ce", "loop.batch_size", "many"], "loop.batch_size"),
+        (["ce", "--config", "nothing.yaml"], "nothing.yaml"),
+        (["ce", "--config", "pretrain/ctc_shapes.yaml"], "a recipe for ctc"),
+        (["ce", "arch", "resnet51"], "did you mean 'resnet50'"),
+        (["ce", "data.name", "cifar100", "data.root", "/nowhere"], "/nowhere"),
+        (["ctc", "ctc.estimator", "nca"], "ctc.estimator 'nca' is not one of"),
+        (["ce", "--resume"], "nothing to resume"),
+        (["ce", "loop.device", "cuda:99"], "cuda:99"),
+    ],
+)
+def test_bad_input_is_one_sentence_status_2_and_leaves_nothing(
+    tmp_path: Path, call_tool: Callable[..., Any], arguments: list[str], message: str
+) -> None:
+    output = tmp_path / "run"
+    status, _, said = call_tool("run_pretrain.py", *arguments, "--output", output)
+    assert status == 2, said
+    assert said.startswith("error: ")
+    assert message in said
+    assert len(said.strip().splitlines()) == 1
+    assert not output.exists()
