@@ -138,10 +138,12 @@ def _summary(table: Table) -> list[dict[str, Any]]:
     return sentences
 
 
-def _best(table: Table, metric: str) -> float | None:
+def _best(table: Table, metric: str) -> str:
+    """Return the best mean as it is printed; "" where all are printed alike."""
     means = [line.cells[metric].mean for line in table.lines]
     known = [mean for mean in means if mean is not None]
-    return max(known) if len(known) > 1 else None
+    printed = {formats.number(mean, table.decimals) for mean in known}
+    return formats.number(max(known), table.decimals) if len(printed) > 1 else ""
 
 
 def html_heading(metric: str, columns: Sequence[str] = ()) -> Markup:

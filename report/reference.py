@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,16 @@ class Reference:
     protocol_notes: dict[tuple[str, str], tuple[str, ...]]  # (dataset, protocol) → notes
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What a measurement and a published row must share to stand in one table."""
+
+    step: str
+    protocol: str
+    dataset: str
+    split: str
+
+
 @functools.cache
 def load_reference(path: Path = REFERENCE_FILE) -> Reference:
     """Read the published numbers.
@@ -83,6 +94,34 @@ def load_reference(path: Path = REFERENCE_FILE) -> Reference:
     except ValueError as error:
         raise InputError(f"{path}: {error}") from None
     return Reference(tables, protocol_notes)
+
+
+def beside(
+    place: Place, reference: Reference, names: Sequence[str] = ()
+) -> tuple[list[tuple[PublishedTable, PublishedRow]], str]:
+    """Return the published rows of exactly this place, or none and a sentence that says why.
+
+    Args:
+        names: the published tables to look in; empty for all.
+    """
+    tables = [t for n in names or reference.tables if (t := reference.tables[n]).step == place.step]
+    pairs = [
+        (table, row)
+        for table in tables
+        for row in table.rows
+        if row.protocol and Place(table.step, row.protocol, row.dataset, row.split) == place
+    ]
+    if pairs or not tables:
+        return pairs, ""
+    where: dict[str, list[str]] = {}
+    for table in tables:
+        data = f"on {table.dataset} ({table.split})" if table.dataset else "on other data"
+        where.setdefault(data, []).append(table.protocol or "a recipe that is not published")
+    known = "; ".join(f"{', '.join(dict.fromkeys(n))} {data}" for data, n in where.items())
+    return [], (
+        f"No published numbers stand beside this table: none are of {place.protocol} on "
+        f"{place.dataset} ({place.split}). Those that we know are of {known}."
+    )
 
 
 def _table(name: str, content: dict[str, Any], notes: dict[str, str]) -> PublishedTable:

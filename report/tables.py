@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from core.results import ResultRow, latest
-from report.reference import PublishedTable, Reference, Value, load_reference
+from report.reference import Place, Reference, Value, beside, load_reference
 
 DETECTION_COLUMNS = (  # Table 5's columns
     "bbox/AP", "bbox/AP50", "bbox/AP75", "segm/AP", "segm/AP50", "segm/AP75",
@@ -91,7 +91,8 @@ class Table:
     @property
     def title(self) -> str:
         """Return the protocol and the data in words."""
-        return f"{self.protocol} on {self.dataset} ({self.split})"
+        what = self.protocol or "source task after pretraining"
+        return f"{what} on {self.dataset} ({self.split})"
 
     @property
     def delta_columns(self) -> tuple[str, ...]:
@@ -101,9 +102,10 @@ class Table:
 
     @property
     def decimals(self) -> int:
-        """Return 2 where a spread is known, else 1 (published tables give 1)."""
-        cells = (cell for line in self.lines for cell in line.cells.values())
-        return 2 if any(cell.std is not None for cell in cells) else 1
+        """Return 2 where a spread is known or all is below 10, else 1 (as published tables)."""
+        cells = [cell for line in self.lines for cell in line.cells.values()]
+        largest = max((abs(cell.mean) for cell in cells if cell.mean is not None), default=0.0)
+        return 2 if largest < 10 or any(cell.std is not None for cell in cells) else 1
 
 
 class _Footnotes:
@@ -123,6 +125,9 @@ def build_tables(
 ) -> list[Table]:
     """Return one table per (step, protocol, dataset, split, selection); detection comes first.
 
+    Pretraining rows of one data set share a table, for there the recipes are what is compared: each
+    has its line, and says in a footnote which it is.
+
     Args:
         rows: any rows; of repeated measurements the newest counts.
         options: order, baseline, columns; None for the defaults.
@@ -132,7 +137,8 @@ def build_tables(
     reference = reference or load_reference()
     groups: dict[tuple[str, ...], list[ResultRow]] = {}
     for row in latest(rows):
-        key = (row.step, row.protocol, row.dataset, row.split, row.selection)
+        protocol = row.protocol if row.step != "pretrain" else ""  # there it is what is compared
+        key = (row.step, protocol, row.dataset, row.split, row.selection)
         groups.setdefault(key, []).append(row)
     ranked = sorted(groups, key=lambda key: STEP_ORDER.index(key[0]))
     return [_table(groups[key], options, reference) for key in ranked]
@@ -174,6 +180,7 @@ def _table(rows: list[ResultRow], options: Options, reference: Reference) -> Tab
     if first.step != "pretrain":  # given weights have no pretraining to be missing
         lines = _note_trials(lines, options, footnotes)
     published, why_not = _published(first, columns, options, reference, footnotes)
+    protocol = first.protocol if first.step != "pretrain" else ""
     notes = [f"{first.protocol} changes {text}." for text in [overrides_of(first)] if text]
     if not any(line.init == options.baseline for line in lines):
         notes.append(f"No Δ: the baseline {options.baseline!r} has no rows here.")
@@ -186,7 +193,7 @@ def _table(rows: list[ResultRow], options: Options, reference: Reference) -> Tab
         notes.append(why_not)
     return Table(
         step=first.step,
-        protocol=first.protocol,
+        protocol=protocol,
         dataset=first.dataset,
         split=first.split,
         selection=first.selection,
@@ -212,17 +219,20 @@ def _lines(
     rows: list[ResultRow], columns: Sequence[str], options: Options, footnotes: _Footnotes
 ) -> list[Line]:
     """Group rows by what may share a mean, and mark what tells the groups apart."""
-    groups: dict[tuple[str, int | None, str, str], list[ResultRow]] = {}
+    groups: dict[tuple[str, int | None, str, str, str], list[ResultRow]] = {}
     for row in rows:
-        key = (row.init, row.epoch, recipe_of(row), row.code)
+        key = (row.init, row.epoch, row.protocol, recipe_of(row), row.code)
         groups.setdefault(key, []).append(row)
     codes, recipes = {row.code for row in rows}, {recipe_of(row) for row in rows}
     lines = []
-    for (init, epoch, recipe, code), group in groups.items():
+    protocols = {row.protocol for row in rows}
+    for (init, epoch, protocol, recipe, code), group in groups.items():
         label = options.labels.get(init) or init
         if len({key[1] for key in groups if key[0] == init}) > 1:
             label += f", epoch {epoch}"
         marks = []
+        if len(protocols) > 1:
+            marks.append(footnotes.mark(f"Recipe {protocol}."))
         if len(recipes) > 1:
             name = recipe[:8] or "unknown"
             marks.append(
@@ -322,50 +332,23 @@ def _note_trials(lines: list[Line], options: Options, footnotes: _Footnotes) -> 
 
 
 def _published(
-    row: ResultRow,
+    first: ResultRow,
     columns: Sequence[str],
     options: Options,
     reference: Reference,
     footnotes: _Footnotes,
 ) -> tuple[tuple[PublishedLine, ...], str]:
     """Return the published lines of the same protocol, dataset and split, or why there are none."""
-    names = options.references or tuple(reference.tables)
-    tables = [reference.tables[name] for name in names if reference.tables[name].step == row.step]
+    place = Place(first.step, first.protocol, first.dataset, first.split)
+    pairs, why_not = beside(place, reference, options.references)
     lines = []
-    for table in tables:
-        for published in table.rows:
-            place = (published.protocol, published.dataset, published.split)
-            if not published.protocol or place != (row.protocol, row.dataset, row.split):
-                continue
-            values = {c.metric: v for c, v in zip(table.columns, published.values, strict=True)}
-            marks = (footnotes.mark(f"Published: {published.note}."),) if published.note else ()
-            lines.append(
-                PublishedLine(
-                    published.init,
-                    published.label,
-                    {metric: values.get(metric) for metric in columns},
-                    published.source,
-                    published.pretraining,
-                    marks,
-                )
-            )
-    return tuple(lines), "" if lines else _why_nothing_beside(row, tables)
-
-
-def _why_nothing_beside(row: ResultRow, tables: list[PublishedTable]) -> str:
-    if not tables:
-        return ""
-    places: dict[str, list[str]] = {}
-    for table in tables:
-        place = f"on {table.dataset} ({table.split})" if table.dataset else "on other data"
-        places.setdefault(place, []).append(table.protocol or "a recipe that is not published")
-    known = "; ".join(
-        f"{', '.join(dict.fromkeys(names))} {place}" for place, names in places.items()
-    )
-    return (
-        f"No published numbers stand beside this table: none are of {row.protocol} on "
-        f"{row.dataset} ({row.split}). Those that we know are of {known}."
-    )
+    for table, row in pairs:
+        values = {c.metric: v for c, v in zip(table.columns, row.values, strict=True)}
+        fitted = {metric: values.get(metric) for metric in columns}
+        marks = (footnotes.mark(f"Published: {row.note}."),) if row.note else ()
+        line = PublishedLine(row.init, row.label, fitted, row.source, row.pretraining, marks)
+        lines.append(line)
+    return tuple(lines), why_not
 
 
 def short_code(code: str) -> str:

@@ -44,7 +44,11 @@ def benchmark(request: Request, tools: Path = ROOT / "tools") -> int:
     if request.dry_run:
         dry_run(plan)
         return 0
-    outcome = run_plan(plan, _say, tools)
+    try:
+        outcome = run_plan(plan, _say, tools)
+    except KeyboardInterrupt:
+        _say("stopped; the same command goes on from here")
+        raise
     remarks = _remarks(outcome)
     tables = report_plan(whole, remarks, f"tools/make_report.py {shown(whole.root)}")
     print()

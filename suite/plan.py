@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from core.config import ROOT, InputError, find_config, load_config, read_with_bases
+from report.reference import load_reference
 from report.tables import Options
 
+CONVERT_MINUTES = 0.2
 METHODS = ("random", "ce", "ctc")
 TOOLS = {"pretrain": "run_pretrain.py", "convert": "convert_to_d2.py", "detection": "train_net.py"}
 
@@ -33,6 +35,7 @@ class Initialisation:
     weights: str = ""  # instead: a checkpoint of any format the converter knows
     format: str = ""  # its format, where the converter asks for it
     arguments: list[str] = dataclasses.field(default_factory=list)  # more for run_pretrain.py
+    minutes: float = 0.0  # expected, for the first ETA; 0: unknown
     label: str = ""  # in the tables; empty: the name
 
 
@@ -43,6 +46,7 @@ class Protocol:
     config: str = ""  # detection config
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # its KEY VALUE
     arguments: list[str] = dataclasses.field(default_factory=list)  # more for train_net.py
+    minutes: float = 0.0  # expected, for the first ETA; 0: unknown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Job:
     words: tuple[str, ...] = ()  # what stands first on the tool's command line
     options: tuple[str, ...] = ()  # its options, but for input, output and --resume
     pairs: tuple[str, ...] = ()  # KEY VALUE overrides, at its end
+    minutes: float = 0.0  # expected; 0: unknown
     needs: str = ""  # the job whose product is its input
     weights: Path | None = None  # or a file that exists is its input
 
@@ -106,6 +111,7 @@ def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
         InputError: unknown key, wrong type, nothing to run, a baseline, name or seed that makes no
             sense.
     """
+    _check_keys(path, overrides)
     suite = load_config(Suite, path, overrides, folder="suites")
     where = str(path)
     if not suite.initialisations or not suite.protocols or not suite.seeds:
@@ -113,9 +119,12 @@ def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
     if len(set(suite.seeds)) < len(suite.seeds) or min(suite.seeds) < 0:
         raise InputError(f"{where}: seeds {suite.seeds} must be different and not negative")
     if suite.baseline not in suite.initialisations:
-        close = difflib.get_close_matches(suite.baseline, suite.initialisations, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = _nearest(suite.baseline, suite.initialisations)
         raise InputError(f"{where}: baseline {suite.baseline!r} is no initialisation of it{hint}")
+    for name in suite.references:
+        if name not in load_reference().tables:
+            hint = _nearest(name, load_reference().tables)
+            raise InputError(f"{where}: references {name!r} is no published table{hint}")
     for kind, names in (("initialisation", suite.initialisations), ("protocol", suite.protocols)):
         for name in names:
             if (
@@ -227,6 +236,28 @@ def command(
     return [*python, tool, *words, *job.options, *given, *output, *job.pairs]
 
 
+def _check_keys(path: str | Path, overrides: Sequence[str]) -> None:
+    """Raise InputError, naming the nearest, on an unknown key of an initialisation or protocol."""
+    entries = [(str(path), key) for key in overrides[::2]]
+    for file, content in read_with_bases(find_config(path, "suites")):
+        for group in ("initialisations", "protocols"):
+            named = content.get(group)
+            for name, value in named.items() if isinstance(named, dict) else ():
+                keys = value if isinstance(value, dict) else ()
+                entries += [(str(file), f"{group}.{name}.{key}") for key in keys]
+    schemas = {"initialisations": Initialisation, "protocols": Protocol}
+    for where, entry in entries:
+        group, *rest = entry.split(".")
+        known = {f.name for f in dataclasses.fields(schemas[group])} if group in schemas else set()
+        if known and len(rest) > 1 and rest[1] not in known:
+            raise InputError(f"{where}: unknown key {entry!r}{_nearest(rest[1], known)}")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
 def _weights_jobs(
     name: str, init: Initialisation, seed: int, suite: Suite, root: Path
 ) -> list[Job]:
@@ -236,7 +267,8 @@ def _weights_jobs(
         output = root / "weights" / f"{name}_d2.pth"
         convert = Job(
             f"convert/{name}", "convert", name, seed, "", output, {"format": init.format},
-            options=("--format", init.format) if init.format else (), weights=file,
+            options=("--format", init.format) if init.format else (),
+            minutes=CONVERT_MINUTES, weights=file,
         )  # fmt: skip
         return [convert]
     config = find_config(init.config, "pretrain")
@@ -247,10 +279,13 @@ def _weights_jobs(
     stem = f"{name}-s{seed}"
     pretrain = Job(
         f"pretrain/{stem}", "pretrain", name, seed, "", root / "pretrain" / stem,
-        recipe, (init.method,), options, tuple(pairs),
+        recipe, (init.method,), options, tuple(pairs), init.minutes,
     )  # fmt: skip
     output = root / "weights" / f"{stem}_d2.pth"
-    convert = Job(f"convert/{stem}", "convert", name, seed, "", output, {}, (), needs=pretrain.name)
+    convert = Job(
+        f"convert/{stem}", "convert", name, seed, "", output, {},
+        minutes=CONVERT_MINUTES, needs=pretrain.name,
+    )  # fmt: skip
     return [pretrain, convert]
 
 
@@ -265,7 +300,7 @@ def _detection_job(
     return Job(
         f"{name}/{stem}", "detection", init, seed, name, root / name / stem, recipe,
         options=options, pairs=tuple(_pairs(_flat(protocol.overrides), plain=True)),
-        needs=source.name,
+        minutes=protocol.minutes, needs=source.name,
     )  # fmt: skip
 
 

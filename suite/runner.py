@@ -38,11 +38,11 @@ class Outcome:
 
 
 class Clock:
-    """Expects the seconds of jobs from records and from jobs of the same kind."""
+    """Expects the seconds of jobs: as they took before, as others of their kind, or as declared."""
 
     def __init__(self, plan: Plan, records: Records) -> None:
         self.seconds: dict[str, float] = {}
-        self.of_kind: dict[tuple[str, str], list[float]] = {}
+        self.alike: dict[str, list[float]] = {}
         for job in plan.jobs:
             record = records.read(job)
             if record is not None and record.state == "done":
@@ -51,22 +51,23 @@ class Clock:
     def note(self, job: Job, seconds: float) -> None:
         """Learn how long a job has taken."""
         self.seconds[job.name] = seconds
-        self.of_kind.setdefault((job.kind, job.protocol), []).append(seconds)
+        self.alike.setdefault(_kind(job), []).append(seconds)
+
+    def expect(self, job: Job) -> float | None:
+        """Return the expected seconds of a job, None where nothing is known of its like."""
+        if job.name in self.seconds:
+            return self.seconds[job.name]
+        alike = self.alike.get(_kind(job))
+        if alike:
+            return sum(alike) / len(alike)
+        return 60 * job.minutes if job.minutes else None
 
     def eta(self, jobs: list[Job]) -> str:
         """Return the expected time of jobs; "≥" where some of them are unknown."""
-        total, unknown = 0.0, 0
-        for job in jobs:
-            alike = self.of_kind.get((job.kind, job.protocol), [])
-            if job.name in self.seconds:
-                total += self.seconds[job.name]
-            elif alike:
-                total += sum(alike) / len(alike)
-            else:
-                unknown += 1
-        if total == 0 and unknown:
+        known = [seconds for job in jobs if (seconds := self.expect(job)) is not None]
+        if jobs and not known:
             return "--:--"
-        return ("≥ " if unknown else "") + clock_time(total)
+        return ("≥ " if len(known) < len(jobs) else "") + clock_time(sum(known))
 
 
 def run_plan(plan: Plan, say: Say = print, tools: Path = ROOT / "tools") -> Outcome:
@@ -226,6 +227,11 @@ def _run_job(
     record.state = "failed" if problem else "done"
     records.write(job, record)
     return f"{problem}; log: {shown(log)}" if problem else ""
+
+
+def _kind(job: Job) -> str:
+    """Return what jobs of about equal length share: initialisation, protocol, or conversion."""
+    return f"{job.kind} {job.init if job.kind == 'pretrain' else job.protocol}"
 
 
 def _still_to_run(plan: Plan, records: Records, current: Job) -> list[Job]:

@@ -24,7 +24,7 @@ from suite.benchmark import Request, benchmark
 from suite.child import run_child
 from suite.plan import Suite, command, load_suite, make_plan, select
 from suite.records import Records, State, changed_recipe, make_room
-from suite.runner import clock_time, run_plan, verdicts
+from suite.runner import Clock, clock_time, run_plan, verdicts
 
 HEAD = """
 import json, pathlib, sys, time
@@ -154,7 +154,7 @@ def test_every_cell_runs_once_with_the_agreed_command_lines(bench: Bench, capfd)
     ]  # fmt: skip
     assert calls[3][:2] == ["run_pretrain", "ce"]
     printed = capfd.readouterr().out
-    assert "[1/6] pretrain random, seed 1: elapsed 0:00, ETA --:--" in printed
+    assert "[1/6] pretrain random, seed 1: elapsed 0:00, ETA ≥ 0:24" in printed  # 2 conversions
     assert "converted epoch_0010.pth" in printed  # the children's own output passes through
     assert "| random" in printed
     assert "converted" in (bench.root / "logs/convert--ce-s1.log").read_text()
@@ -362,7 +362,8 @@ def _processes_with(word: str) -> list[int]:
         ("initialisations: {'a/b': {config: x}}", "cannot name a folder"),
         ("initialisations: {new: {}}", "either config or weights"),
         ("initialisations: {new: {config: x}}", "method"),
-        ("initialisations: {ce: {weigths: x}}", "weigths"),
+        ("initialisations: {ce: {weigths: x}}", "did you mean 'weights'"),
+        ("references: [tabel5]", "did you mean 'table5'"),
         ("protocols: {quick: {config: ''}}", "needs a config"),
     ],
 )
@@ -456,6 +457,23 @@ def test_on_a_terminal_the_child_has_a_terminal(tmp_path: Path):
         os.close(saved)
     assert b"True True" in said
     assert "True True" in (tmp_path / "log").read_text()
+
+
+def test_eta_is_declared_then_measured_and_says_what_it_does_not_know(bench: Bench):
+    extra = ["protocols.quick.minutes", "2", "seeds", "[1, 2]"]
+    plan = make_plan(load_suite(bench.config, extra), "s", bench.root)
+    clock = Clock(plan, Records(plan.root))
+    detections = [plan.job(f"quick/{init}-s{seed}") for init in ("random", "ce") for seed in (1, 2)]
+    pretrains = [plan.job("pretrain/ce-s1"), plan.job("pretrain/ce-s2")]
+    assert clock.eta(detections) == "8:00"
+    assert clock.eta(pretrains) == "--:--"
+    assert clock.eta([*detections, *pretrains]) == "≥ 8:00"
+    clock.note(detections[0], 30.0)
+    clock.note(plan.job("pretrain/random-s1"), 1.0)  # tells nothing of another initialisation
+    assert clock.eta(detections) == "2:00"
+    assert clock.eta(pretrains) == "--:--"
+    clock.note(pretrains[0], 90.0)
+    assert clock.eta(pretrains) == "3:00"
 
 
 def test_times_are_written_as_clocks():

@@ -49,9 +49,7 @@ def test_rows_of_another_protocol_data_split_or_selection_stand_in_another_table
     assert [t.lines[0].cells["bbox/AP"].mean for t in tables] == [10.0, 20.0]
 
 
-@pytest.mark.parametrize(
-    "change", [{"code": "b" * 40}, {"epoch": 7}, {"config": "c"}]
-)
+@pytest.mark.parametrize("change", [{"code": "b" * 40}, {"epoch": 7}, {"config": "c"}])
 def test_rows_of_other_code_epoch_or_config_are_not_averaged(change):
     lines = one([row(10.0), row(20.0, seed=2, weights="v", **change)]).lines
     assert sorted(line.cells["bbox/AP"].mean for line in lines) == [10.0, 20.0]
@@ -79,6 +77,19 @@ def test_configs_of_other_steps_hold_the_seed_and_do_not_part_the_trials():
     rows += [row(20.0, step="transfer", metric="top1", config="y", seed=2, weights="v")]
     (line,) = one(rows).lines
     assert line.cells["top1"].mean == 15.0
+
+
+def test_pretraining_recipes_are_compared_in_one_table_that_names_them():
+    rows = [row(50.0, step="pretrain", metric="top1", protocol="ce_quick")]
+    rows += [row(52.0, step="pretrain", metric="top1", protocol="ctc_quick", init="ctc")]
+    table = one(rows, expected={"ce": 1, "ctc": 1, "moco": 1})
+    assert [line.cells["top1"].delta for line in table.lines] == [None, 2.0]
+    assert table.footnotes == ("Recipe ce_quick.", "Recipe ctc_quick.")
+
+
+def test_small_numbers_get_a_second_decimal():
+    assert re.search(r"\|\s+0\.04 \|", to_markdown(one([row(0.04)])))
+    assert "12.3 |" in to_markdown(one([row(12.34)]))
 
 
 def test_what_a_changed_protocol_changes_is_said():
