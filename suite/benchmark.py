@@ -9,9 +9,10 @@ from report import formats
 from report.html import Page, write_report
 from report.runs import Run, read_run
 from report.tables import Table
-from suite.plan import Plan, load_suite, make_plan, select, table_options
+from suite.plan import Plan, make_plan, select
 from suite.records import State
 from suite.runner import Outcome, dry_run, run_plan, shown, verdicts
+from suite.schema import load_suite, table_options
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,69 +1,28 @@
 """A suite as a plan: initialisations × protocols × seeds become jobs with what each depends on.
 
-    pretrain ──▶ convert ──▶ detection        one chain per initialisation and seed; the pretrained
-    weights ───▶ convert ──▶ detection        and converted weights serve every protocol
+    pretrain ─┬─▶ convert ──▶ detection     one chain per initialisation and seed; the pretrained
+    weights ──┴─▶ transfer                  and converted weights serve every protocol
 
 Nothing here runs or writes anything.
 """
 
 import dataclasses
-import difflib
 import fnmatch
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from core.config import ROOT, InputError, find_config, load_config, read_with_bases
-from report.reference import load_reference
-from report.tables import Options
+from core.config import ROOT, InputError, find_config, read_with_bases
+from suite.schema import Initialisation, Protocol, Suite, step_of
 
 CONVERT_MINUTES = 0.2
-METHODS = ("random", "ce", "ctc")
-TOOLS = {"pretrain": "run_pretrain.py", "convert": "convert_to_d2.py", "detection": "train_net.py"}
-
-
-@dataclasses.dataclass  # not frozen, for OmegaConf cannot fill a dict with what it may not change
-class Initialisation:
-    """Where the weights come from: a pretraining of this suite, or a checkpoint that exists."""
-
-    config: str = ""  # pretraining config
-    method: str = ""  # with it: one of METHODS
-    overrides: dict[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # dotted keys of that config
-    weights: str = ""  # instead: a checkpoint of any format the converter knows
-    format: str = ""  # its format, where the converter asks for it
-    arguments: list[str] = dataclasses.field(default_factory=list)  # more for run_pretrain.py
-    minutes: float = 0.0  # expected, for the first ETA; 0: unknown
-    label: str = ""  # in the tables; empty: the name
-
-
-@dataclasses.dataclass  # not frozen, as above
-class Protocol:
-    """What is done with the weights."""
-
-    config: str = ""  # detection config
-    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # its KEY VALUE
-    arguments: list[str] = dataclasses.field(default_factory=list)  # more for train_net.py
-    minutes: float = 0.0  # expected, for the first ETA; 0: unknown
-
-
-@dataclasses.dataclass(frozen=True)
-class Suite:
-    """One table: which initialisations, under which protocols, with which seeds."""
-
-    title: str = ""
-    description: str = ""
-    initialisations: dict[str, Initialisation] = dataclasses.field(default_factory=dict)
-    protocols: dict[str, Protocol] = dataclasses.field(default_factory=dict)
-    seeds: list[int] = dataclasses.field(default_factory=lambda: [1])
-    gpus: int = 0  # per job; 0: one process on what the tools choose
-    baseline: str = "ce"  # every Δ refers to it
-    columns: list[str] = dataclasses.field(default_factory=list)  # empty: Table 5's
-    references: list[str] = dataclasses.field(default_factory=list)  # published tables; empty: any
-    images: int = 6  # validation images in the page
-    score: float = 0.5  # predictions below it are not drawn
+TOOLS = {
+    "pretrain": "run_pretrain.py",
+    "convert": "convert_to_d2.py",
+    "detection": "train_net.py",
+    "transfer": "run_transfer.py",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,48 +63,6 @@ class Plan:
         return tuple(job for job in self.jobs if job.protocol)
 
 
-def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
-    """Read and check a suite.
-
-    Raises:
-        InputError: unknown key, wrong type, nothing to run, a baseline, name or seed that makes no
-            sense.
-    """
-    _check_keys(path, overrides)
-    suite = load_config(Suite, path, overrides, folder="suites")
-    where = str(path)
-    if not suite.initialisations or not suite.protocols or not suite.seeds:
-        raise InputError(f"{where} needs at least one initialisation, one protocol and one seed")
-    if len(set(suite.seeds)) < len(suite.seeds) or min(suite.seeds) < 0:
-        raise InputError(f"{where}: seeds {suite.seeds} must be different and not negative")
-    if suite.baseline not in suite.initialisations:
-        hint = _nearest(suite.baseline, suite.initialisations)
-        raise InputError(f"{where}: baseline {suite.baseline!r} is no initialisation of it{hint}")
-    for name in suite.references:
-        if name not in load_reference().tables:
-            hint = _nearest(name, load_reference().tables)
-            raise InputError(f"{where}: references {name!r} is no published table{hint}")
-    for kind, names in (("initialisation", suite.initialisations), ("protocol", suite.protocols)):
-        for name in names:
-            if (
-                not name
-                or name in (*TOOLS, "weights", "jobs", "logs", "figures")
-                or any(c in name for c in "/\\:*?\n")
-                or name[0] in ".-"
-            ):
-                raise InputError(f"{where}: {kind} {name!r} cannot name a folder: rename it")
-    for name, init in suite.initialisations.items():
-        if bool(init.config) == bool(init.weights):
-            raise InputError(f"{where}: initialisation {name!r} needs either config or weights")
-        if init.config and init.method not in METHODS:
-            known = ", ".join(METHODS)
-            raise InputError(f"{where}: initialisation {name!r} needs a method, one of {known}")
-    for name, protocol in suite.protocols.items():
-        if not protocol.config:
-            raise InputError(f"{where}: protocol {name!r} needs a config")
-    return suite
-
-
 def make_plan(suite: Suite, name: str, root: str | Path) -> Plan:
     """Return the jobs of a suite that is to live in ``root``.
 
@@ -156,14 +73,24 @@ def make_plan(suite: Suite, name: str, root: str | Path) -> Plan:
     jobs: list[Job] = []
     for seed in suite.seeds:
         for init_name, init in suite.initialisations.items():
-            sources = _weights_jobs(init_name, init, seed, suite, root)
-            jobs += [job for job in sources if job.name not in {known.name for known in jobs}]
+            pretrain = _pretrain_job(init_name, init, seed, root) if init.config else None
+            convert = _convert_job(init_name, init, seed, pretrain, root)
+            found = [pretrain] if pretrain else []
             for protocol_name, protocol in suite.protocols.items():
-                jobs.append(
+                if step_of(protocol) == "transfer":
+                    found.append(
+                        _transfer_job(
+                            init_name, init, seed, protocol_name, protocol, pretrain, root
+                        )
+                    )
+                    continue
+                found += [convert] if convert not in found else []
+                found.append(
                     _detection_job(
-                        init_name, seed, protocol_name, protocol, sources[-1], suite, root
+                        init_name, seed, protocol_name, protocol, convert, suite.gpus, root
                     )
                 )
+            jobs += [job for job in found if job.name not in {known.name for known in jobs}]
     return Plan(suite, name, root, tuple(jobs))
 
 
@@ -207,28 +134,15 @@ def check_weights(plan: Plan) -> None:
             )
 
 
-def table_options(suite: Suite) -> Options:
-    """Return how the suite's tables are to look."""
-    return Options(
-        baseline=suite.baseline,
-        order=tuple(suite.initialisations),
-        labels={name: init.label for name, init in suite.initialisations.items() if init.label},
-        columns=tuple(suite.columns),
-        references=tuple(suite.references),
-        expected={name: len(suite.seeds) for name in suite.initialisations},
-    )
-
-
 def command(
     job: Job, source: str, resume: bool, gpus: int, tools: Path = ROOT / "tools"
 ) -> list[str]:
     """Return the command line of a job, given its input file."""
     python = [sys.executable]
-    launch = gpus > 1 and job.kind == "pretrain"
-    if launch:
+    if gpus > 1 and job.kind in ("pretrain", "transfer"):
         python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
     words = [*job.words, *([source] if job.kind == "convert" else [])]
-    given = ["--weights", source] if job.kind == "detection" else []
+    given = ["--weights", source] if job.kind in ("detection", "transfer") else []
     if job.kind == "detection" and gpus:
         given += ["--num-gpus", str(gpus)]
     output = ["--output", str(job.output), *(["--resume"] if resume else [])]
@@ -236,65 +150,34 @@ def command(
     return [*python, tool, *words, *job.options, *given, *output, *job.pairs]
 
 
-def _check_keys(path: str | Path, overrides: Sequence[str]) -> None:
-    """Raise InputError, naming the nearest, on an unknown key of an initialisation or protocol."""
-    entries = [(str(path), key) for key in overrides[::2]]
-    for file, content in read_with_bases(find_config(path, "suites")):
-        for group in ("initialisations", "protocols"):
-            named = content.get(group)
-            for name, value in named.items() if isinstance(named, dict) else ():
-                keys = value if isinstance(value, dict) else ()
-                entries += [(str(file), f"{group}.{name}.{key}") for key in keys]
-    schemas = {"initialisations": Initialisation, "protocols": Protocol}
-    for where, entry in entries:
-        group, *rest = entry.split(".")
-        known = {f.name for f in dataclasses.fields(schemas[group])} if group in schemas else set()
-        if known and len(rest) > 1 and rest[1] not in known:
-            raise InputError(f"{where}: unknown key {entry!r}{_nearest(rest[1], known)}")
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _weights_jobs(
-    name: str, init: Initialisation, seed: int, suite: Suite, root: Path
-) -> list[Job]:
-    """Return the jobs that end in converted weights: one per seed, or one for given weights."""
-    if init.weights:
-        file = _weights_file(init.weights)
-        output = root / "weights" / f"{name}_d2.pth"
-        convert = Job(
-            f"convert/{name}", "convert", name, seed, "", output, {"format": init.format},
-            options=("--format", init.format) if init.format else (),
-            minutes=CONVERT_MINUTES, weights=file,
-        )  # fmt: skip
-        return [convert]
+def _pretrain_job(name: str, init: Initialisation, seed: int, root: Path) -> Job:
     config = find_config(init.config, "pretrain")
     recipe = _recipe(config, init.overrides)
     recipe |= {"seed": seed, "method": init.method, "arguments": init.arguments}
-    options = ("--config", str(config), "--init", name, *init.arguments)
-    pairs = _pairs({**_flat(init.overrides), "seed": seed})
     stem = f"{name}-s{seed}"
-    pretrain = Job(
-        f"pretrain/{stem}", "pretrain", name, seed, "", root / "pretrain" / stem,
-        recipe, (init.method,), options, tuple(pairs), init.minutes,
+    return Job(
+        f"pretrain/{stem}", "pretrain", name, seed, "", root / "pretrain" / stem, recipe,
+        words=(init.method,), options=("--config", str(config), "--init", name, *init.arguments),
+        pairs=tuple(_pairs({**_flat(init.overrides), "seed": seed})), minutes=init.minutes,
     )  # fmt: skip
-    output = root / "weights" / f"{stem}_d2.pth"
-    convert = Job(
-        f"convert/{stem}", "convert", name, seed, "", output, {},
-        minutes=CONVERT_MINUTES, needs=pretrain.name,
+
+
+def _convert_job(name: str, init: Initialisation, seed: int, source: Job | None, root: Path) -> Job:
+    """Return the conversion of a pretraining, or of given weights, once for all seeds."""
+    stem = f"{name}-s{seed}" if source else name
+    return Job(
+        f"convert/{stem}", "convert", name, seed, "", root / "weights" / f"{stem}_d2.pth",
+        {"format": init.format}, options=_format(init), minutes=CONVERT_MINUTES,
+        needs=source.name if source else "", weights=_weights_file(init),
     )  # fmt: skip
-    return [pretrain, convert]
 
 
 def _detection_job(
-    init: str, seed: int, name: str, protocol: Protocol, source: Job, suite: Suite, root: Path
+    init: str, seed: int, name: str, protocol: Protocol, source: Job, gpus: int, root: Path
 ) -> Job:
     config = find_config(protocol.config, "detection")
     recipe = _recipe(config, protocol.overrides)
-    recipe |= {"seed": seed, "gpus": suite.gpus, "arguments": protocol.arguments}
+    recipe |= {"seed": seed, "gpus": gpus, "arguments": protocol.arguments}
     options = ("--config", str(config), "--init", init, "--seed", str(seed), *protocol.arguments)
     stem = f"{init}-s{seed}"
     return Job(
@@ -304,9 +187,31 @@ def _detection_job(
     )  # fmt: skip
 
 
-def _weights_file(weights: str) -> Path:
-    """Return the checkpoint as given, or else under the checkout's root."""
-    given, under_root = Path(weights).expanduser().absolute(), ROOT / weights
+def _transfer_job(
+    init_name: str, init: Initialisation, seed: int, name: str, protocol: Protocol,
+    source: Job | None, root: Path,
+) -> Job:  # fmt: skip
+    """Return a transfer to classification, which reads the weights unconverted."""
+    config = find_config(protocol.config, "transfer")
+    recipe = _recipe(config, protocol.overrides) | {"seed": seed, "arguments": protocol.arguments}
+    options = ("--config", str(config), "--init", init_name, *_format(init), *protocol.arguments)
+    stem = f"{init_name}-s{seed}"
+    return Job(
+        f"{name}/{stem}", "transfer", init_name, seed, name, root / name / stem, recipe,
+        options=options, pairs=tuple(_pairs({**_flat(protocol.overrides), "seed": seed})),
+        minutes=protocol.minutes, needs=source.name if source else "", weights=_weights_file(init),
+    )  # fmt: skip
+
+
+def _format(init: Initialisation) -> tuple[str, ...]:
+    return ("--format", init.format) if init.format else ()
+
+
+def _weights_file(init: Initialisation) -> Path | None:
+    """Return the checkpoint as given, or else under the checkout's root; None where it is made."""
+    if not init.weights:
+        return None
+    given, under_root = Path(init.weights).expanduser().absolute(), ROOT / init.weights
     return under_root if under_root.is_file() and not given.is_file() else given
 
 

@@ -10,7 +10,8 @@ from report.html import Page, write_report
 from report.runs import Run, find_runs
 from report.tables import Options, Table
 from suite.benchmark import done_runs
-from suite.plan import Suite, make_plan, table_options
+from suite.plan import make_plan
+from suite.schema import Suite, table_options
 
 
 @dataclasses.dataclass(frozen=True)

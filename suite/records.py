@@ -19,7 +19,13 @@ from core.config import InputError
 from core.results import ResultRow, read_rows, sha256_of
 from suite.plan import Job
 
-RESUME_FILES = ("resume*.pth", "last_checkpoint", "checkpoints/resume*.pth", "model_*.pth")
+RESUME_FILES = (
+    "resume*.pth",
+    "last_checkpoint",
+    "checkpoints/resume*.pth",
+    "model_*.pth",
+    "finetune",
+)
 
 
 class State(enum.Enum):
@@ -159,7 +165,7 @@ def finished(job: Job, record: Record) -> str:
 
     The runner trusts a tool's exit status only together with the product that it promises.
     """
-    if job.kind == "detection":
+    if job.protocol:
         rows = _rows(job)
         record.rows = [list(pair) for pair in sorted({(row.config, row.weights) for row in rows})]
         return "" if rows else f"it left no result rows in {job.output / 'results.jsonl'}"
@@ -172,7 +178,7 @@ def finished(job: Job, record: Record) -> str:
 
 def _missing_product(job: Job, record: Record) -> str:
     """Return what is missing of a job that its record calls done, or ""."""
-    if job.kind == "detection":
+    if job.protocol:
         there = {(row.config, row.weights) for row in _rows(job)}
         complete = bool(there) and {tuple(pair) for pair in record.rows} <= there
         return "" if complete else "its result rows are gone"

@@ -22,9 +22,10 @@ from core.results import ResultRow
 from report.runs import read_run
 from suite.benchmark import Request, benchmark
 from suite.child import run_child
-from suite.plan import Suite, command, load_suite, make_plan, select
+from suite.plan import command, make_plan, select
 from suite.records import Records, State, changed_recipe, make_room
 from suite.runner import Clock, clock_time, run_plan, verdicts
+from suite.schema import Suite, load_suite
 
 HEAD = """
 import json, pathlib, sys, time
@@ -113,7 +114,10 @@ class Bench:
               random: {{method: random, config: {folder}/ce.yaml, overrides: {{arch: r18}}}}
               ce: {{config: {folder}/ce.yaml, method: ce}}
             protocols:
-              quick: {{config: {folder}/quick.yaml, overrides: {{SOLVER.MAX_ITER: 5}}}}
+              quick:
+                config: {folder}/quick.yaml
+                step: detection
+                overrides: {{SOLVER.MAX_ITER: 5}}
             seeds: [1]
             """
         )
@@ -248,7 +252,10 @@ def test_given_weights_are_converted_once_for_all_seeds(bench: Bench):
         initialisations:
           moco: {{weights: {weights}, format: moco}}
         protocols:
-          quick: {{config: {bench.folder}/quick.yaml, overrides: {{SOLVER.MAX_ITER: 5}}}}
+          quick:
+            config: {bench.folder}/quick.yaml
+            step: detection
+            overrides: {{SOLVER.MAX_ITER: 5}}
         baseline: moco
         seeds: [1, 2]
         """
@@ -365,6 +372,7 @@ def _processes_with(word: str) -> list[int]:
         ("initialisations: {ce: {weigths: x}}", "did you mean 'weights'"),
         ("references: [tabel5]", "did you mean 'table5'"),
         ("protocols: {quick: {config: ''}}", "needs a config"),
+        ("protocols: {new: {config: some.yaml}}", "needs a step"),
     ],
 )
 def test_a_wrong_suite_is_refused_in_words(bench: Bench, tmp_path: Path, text: str, complaint: str):
@@ -389,6 +397,22 @@ def test_several_gpus_reach_both_tools(bench: Bench):
     detect = command(plan.job("quick/ce-s1"), "w.pth", True, 4)
     assert detect[detect.index("--num-gpus") + 1] == "4"
     assert "--resume" in detect
+
+
+def test_transfers_read_the_weights_unconverted_and_get_their_seed_as_a_key(bench: Bench):
+    config = bench.folder / "transfer" / "linear.yaml"
+    config.parent.mkdir()
+    config.write_text("dataset: flowers17\n")
+    extra = ["protocols.linear.config", str(config), "protocols.linear.overrides.fast", "true"]
+    plan = make_plan(load_suite(bench.config, extra), "s", bench.root)
+    names = [job.name for job in select(plan, ["linear/ce-s1"]).jobs]
+    assert names == ["pretrain/ce-s1", "linear/ce-s1"]
+    words = command(plan.job("linear/ce-s1"), "epoch_0010.pth", False, 0)
+    assert words[1:] == [
+        str(ROOT / "tools/run_transfer.py"), "--config", str(config), "--init", "ce",
+        "--weights", "epoch_0010.pth", "--output", str(bench.root / "linear/ce-s1"),
+        "fast", "true", "seed", "1",
+    ]  # fmt: skip
 
 
 def test_a_changed_recipe_is_named_key_by_key():
