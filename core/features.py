@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from core import amp as amp_module
 from core import checkpoint, dist
 from core.config import ROOT
 from core.datasets import IndexedDataset, evaluation_loader, normalise
@@ -62,7 +63,7 @@ def extract(
     dataset: IndexedDataset,
     device: torch.device | str = "cpu",
     batch_size: int = 256,
-    amp: bool = False,
+    amp: str = "none",
     workers: int = 0,
     *,
     dtype: torch.dtype = torch.float32,
@@ -78,7 +79,7 @@ def extract(
     Args:
         model: has ``forward_features`` and ``forward_head(…, pre_logits=True)``.
         batch_size: images a step on this rank.
-        amp: autocast of the forward pass (fp16 on a GPU, bf16 on a CPU).
+        amp: precision of the forward pass, a word of ``core.amp``.
         dtype: what the features are stored in.
         inputs: mean and std that the network was trained with; None: the data set's own.
         description: heads the progress line; "": no progress is shown.
@@ -89,6 +90,7 @@ def extract(
     """
     device = torch.device(device)
     spec = inputs or InputSpec(dataset.mean, dataset.std)
+    precision = amp_module.resolve(amp, device)
     model.to(device)
     loader = evaluation_loader(dataset, batch_size, workers, dist.rank(), dist.world_size())
     quiet = not (description and dist.is_main())
@@ -98,7 +100,7 @@ def extract(
             for images, _, index in loader:
                 x = spec.apply(images.to(device, non_blocking=True))
                 x = x.contiguous(memory_format=torch.channels_last)
-                with torch.autocast(device.type, enabled=amp):
+                with amp_module.autocast(precision, device):
                     pooled = model.forward_head(model.forward_features(x), pre_logits=True)  # type: ignore[operator]
                 rows.append(pooled.float().to("cpu", dtype))  # B×D
                 indices.append(index)
@@ -116,7 +118,7 @@ def cached(
     dataset: IndexedDataset,
     device: torch.device | str = "cpu",
     batch_size: int = 256,
-    amp: bool = False,
+    amp: str = "none",
     workers: int = 0,
     *,
     dtype: torch.dtype = torch.float32,
@@ -137,7 +139,7 @@ def cached(
         return extract(model, dataset, device, **compute)  # type: ignore[arg-type]
     device = torch.device(device)
     spec = inputs or InputSpec(dataset.mean, dataset.std)
-    arithmetic = f"{device.type} autocast" if amp else "float32"
+    arithmetic = amp_module.resolve(amp, device)
     path = Path(folder) / f"{cache_key(model, dataset, spec, dtype, arithmetic)}.pth"
     features = _read_cache(path, len(dataset))
     hits = dist.all_sum(torch.tensor(float(features is not None), device=device)).item()

@@ -173,7 +173,7 @@ def test_the_cache_is_not_asked_for_what_differs(
     assert files_after(network, config, inputs=InputSpec((0.5,) * 3, (0.5,) * 3)) == 4
     assert files_after(network, config, "train") == 5
     assert files_after(network, config, dtype=torch.float16) == 6
-    assert files_after(network, config, amp=True) == 7
+    assert files_after(network, config, amp="bf16") == 7
     content = dict(np.load(tiny_npz))
     content["y_test"] = content["y_test"][::-1]
     np.savez(tmp_path / "tiny.npz", **content)

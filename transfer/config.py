@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from core import amp
 from core.datasets import DataConfig
 from core.errors import InputError
 from core.features import DTYPES
@@ -17,7 +18,7 @@ class FeatureConfig:
     """How features are computed and kept."""
 
     batch_size: int = 256  # images a step on each rank
-    amp: bool = False  # autocast: fp16 on a GPU, bf16 on a CPU
+    amp: str = "none"  # none, bf16, fp16, auto: precision of the forward pass
     dtype: str = "float32"  # float32, float16: what they are stored in
     cache: str = ""  # folder; "": runs/.cache/features; "none": nothing is kept
 
@@ -66,6 +67,8 @@ def check(config: TransferConfig) -> None:
         raise InputError(
             f"features.dtype {config.features.dtype!r} is not one of {', '.join(DTYPES)}"
         )
+    if config.features.amp not in amp.CHOICES:
+        raise InputError(f"features.amp {config.features.amp!r} is not one of {amp.CHOICES}")
     if config.features.batch_size < 1:
         raise InputError(f"features.batch_size is {config.features.batch_size}; at least 1")
     if min(config.knn.neighbours, default=0) < 1 or config.knn.temperature <= 0:

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 from core import dist
+from core.catalogue import look_up
 from core.config import save_config, to_dict
 from core.errors import InputError
 from core.results import ResultRow, append_rows, config_hash
@@ -52,9 +53,16 @@ def run(
 
 
 def _row(unit: Transfer, outcome: Outcome, seconds: float) -> ResultRow:
-    """Return the result row of an outcome."""
+    """Return the result row of an outcome.
+
+    What makes numbers incomparable, another resolution or a limit, is said in the protocol's name.
+    """
     config, test, backbone = unit.config, unit.splits.test, unit.backbone
-    limited = f"_limit{config.data.limit}" if config.data.limit else ""
+    changed = (
+        "" if test.image_size == look_up(config.data.name).image_size else f"_{test.image_size}px"
+    )
+    if config.data.limit:
+        changed += f"_limit{config.data.limit}"
     details = {
         "image_size": test.image_size,
         "train_images": len(unit.splits.train) + len(unit.splits.val or ()),
@@ -67,7 +75,7 @@ def _row(unit: Transfer, outcome: Outcome, seconds: float) -> ResultRow:
     }
     return ResultRow(
         step="transfer",
-        protocol=outcome.protocol + limited,
+        protocol=outcome.protocol + changed,
         dataset=test.name,
         split=test.split,
         metric=test.metric,
