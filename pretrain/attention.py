@@ -34,7 +34,7 @@ def _attend_in_chunks(queries: Tensor, rows: Tensor, scale: float) -> tuple[Tens
     scaled = queries * scale
     for low in range(0, len(rows), CHUNK):
         keys = rows[low : low + CHUNK].to(queries.dtype)
-        state.add(slice(None), scaled @ keys.T, keys)
+        state.add(slice(None), scaled @ keys.T, None, keys)
     return state.result()
 
 
@@ -47,8 +47,10 @@ class OnlineSoftmax:
         self.total = queries.new_zeros(images, 1)
         self.weighted = torch.zeros_like(queries)
 
-    def add(self, images: slice, logits: Tensor, keys: Tensor) -> None:
-        """Take the b×C logits of some images (−inf: none) and the C×D rows; eats the logits."""
+    def add(self, images: slice, logits: Tensor, allowed: Tensor | None, keys: Tensor) -> None:
+        """Take the b×C logits of some images, which count, and the C×D rows; eats the logits."""
+        if allowed is not None:
+            logits.masked_fill_(~allowed, float("-inf"))
         before = self.largest[images]
         largest = torch.maximum(before, logits.amax(dim=1, keepdim=True))
         base = largest.clamp(min=torch.finfo(logits.dtype).min)  # all of a chunk may be −inf

@@ -40,28 +40,39 @@ class Settings:
 class NoiseContrast:
     """Σ softplus(x) and Σ σ(x)·row over negatives, x their log odds (losses.nce_loss)."""
 
-    def __init__(self, queries: Tensor, shift: Tensor, track_z: bool) -> None:
+    def __init__(self, queries: Tensor, shift: Tensor, settings: Settings) -> None:
         self.shift = shift[:, None]  # b×1
         self.total = queries.new_zeros(len(queries))
         self.weighted = torch.zeros_like(queries)
         self.log_odds = queries.new_full((len(queries),), float("-inf"))
-        self.track_z = track_z
+        self.track_z = settings.track_z
+        # rows are at most sqrt(3) long, so x < 2·sqrt(3)/τ; beyond 80 exp overflows in float32
+        self.may_overflow = settings.temperature < 0.05
 
-    def add(self, images: slice, logits: Tensor, keys: Tensor) -> None:
-        """Take the b×C logits of some images (−inf: none) and the C×D rows; eats the logits."""
+    def add(self, images: slice, logits: Tensor, allowed: Tensor, keys: Tensor) -> None:
+        """Take the b×C logits of some images, which count, and the C×D rows; eats the logits."""
         logits -= self.shift[images]
+        if self.track_z or self.may_overflow:
+            logits.masked_fill_(~allowed, float("-inf"))
         if self.track_z:
             new = torch.logsumexp(logits, dim=1)
             self.log_odds[images] = torch.logaddexp(self.log_odds[images], new)
-        self.total[images] += F.softplus(logits).sum(dim=1)
-        self.weighted[images] = torch.addmm(self.weighted[images], logits.sigmoid_(), keys)
+        if self.may_overflow:
+            value, share = F.softplus(logits), logits.sigmoid_()
+        else:  # several times faster: exp and log are vectorised on CPUs, log1p is not
+            odds = logits.exp_().mul_(allowed)
+            value = odds + 1.0
+            share = odds.div_(value)
+            value.log_()
+        self.total[images] += value.sum(dim=1)
+        self.weighted[images] = torch.addmm(self.weighted[images], share, keys)
 
 
 def contrast_losses(
     embeddings: tuple[Tensor, Tensor],
     own: tuple[Tensor, Tensor],
     banks: tuple[Tensor, Tensor],
-    windows: Windows,
+    windows: Sequence[Windows],
     settings: Settings,
     log_z: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,7 +81,8 @@ def contrast_losses(
     Args:
         embeddings: v and t, B×D, float32 or float64. own: their positives M^t_i and M^v_i, B×D.
         banks: M^t and M^v, N×D or this rank's shard.
-        windows: the negatives of the B images; when sharded, of all W·B images within this shard.
+        windows: the B images' negatives, in any number of strata; when sharded, of all W·B images,
+            in this shard's strata.
         log_z: log Z of each direction, 2 (``nce``).
     """
     return _Contrast.apply(*embeddings, *own, log_z, banks, windows, settings)
@@ -81,7 +93,7 @@ def first_log_z(
     embeddings: tuple[Tensor, Tensor],
     own: tuple[Tensor, Tensor],
     banks: tuple[Tensor, Tensor],
-    windows: Windows,
+    windows: Sequence[Windows],
     settings: Settings,
 ) -> Tensor:
     """Return log Z of each direction, 2: Z = N · mean of exp(·/τ) over the joined batch.
@@ -140,7 +152,7 @@ def _nce(
     embeddings: tuple[Tensor, Tensor],
     positives: list[Tensor],
     banks: tuple[Tensor, Tensor],
-    windows: Windows,
+    windows: Sequence[Windows],
     settings: Settings,
     log_z: Tensor,
 ) -> Values:
@@ -153,7 +165,7 @@ def _nce(
         banks,
         windows,
         settings,
-        lambda number, query, order: NoiseContrast(query, spread[number][order], settings.track_z),
+        lambda number, query, order: NoiseContrast(query, spread[number][order], settings),
     )
     losses, coefficients, sums = [], [], []
     for (state, inverse), positive, shift in zip(gathered, positives, shifts, strict=True):
@@ -173,7 +185,7 @@ def _infonce(
     embeddings: tuple[Tensor, Tensor],
     positives: list[Tensor],
     banks: tuple[Tensor, Tensor],
-    windows: Windows,
+    windows: Sequence[Windows],
     settings: Settings,
     log_z: Tensor,
 ) -> Values:
@@ -191,7 +203,7 @@ def _infonce(
 def _softmax_sums(
     embeddings: tuple[Tensor, Tensor],
     banks: tuple[Tensor, Tensor],
-    windows: Windows,
+    windows: Sequence[Windows],
     settings: Settings,
 ) -> list[tuple[Tensor, Tensor]]:
     """Return logsumexp and weighted mean row over each image's negatives, B and B×D a direction."""
@@ -209,7 +221,7 @@ def _softmax_sums(
 def _pass_over(
     embeddings: tuple[Tensor, Tensor],
     banks: tuple[Tensor, Tensor],
-    windows: Windows,
+    windows: Sequence[Windows],
     settings: Settings,
     make: Callable[[int, Tensor, Tensor], Any],
 ) -> list[tuple[Any, Tensor]]:
@@ -221,17 +233,16 @@ def _pass_over(
     Returns:
         what was made and fed, and the positions that undo the order, for each direction.
     """
-    windows, order = windows.ordered()
+    order = torch.argsort(windows[0].start, stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)).to(order))
     every = [dist.gather_rows(e) if settings.sharded else e for e in embeddings]
     queries = [e.detach()[order] / settings.temperature for e in every]
     gathered = [make(number, query, order) for number, query in enumerate(queries)]
-    for rows, images, allowed in windows.chunks(CHUNK):
-        barred = allowed.logical_not_()
-        for query, bank, state in zip(queries, banks, gathered, strict=True):
-            keys = bank.index_select(0, rows).to(query.dtype)
-            logits = (query[images] @ keys.T).masked_fill_(barred, float("-inf"))
-            state.add(images, logits, keys)
+    for stratum in windows:
+        for rows, images, allowed in stratum.of(order).chunks(CHUNK):
+            for query, bank, state in zip(queries, banks, gathered, strict=True):
+                keys = bank.index_select(0, rows).to(query.dtype)  # C×D
+                state.add(images, query[images] @ keys.T, allowed, keys)
     return [(state, inverse) for state in gathered]
 
 
@@ -242,8 +253,8 @@ def _positives(
     return [(e.detach() * row).sum(dim=1) / settings.temperature for e, row in pairs]
 
 
-def _total_count(windows: Windows, settings: Settings) -> Tensor:
-    count = windows.count
+def _total_count(windows: Sequence[Windows], settings: Settings) -> Tensor:
+    count = torch.stack([stratum.count for stratum in windows]).sum(dim=0)
     return _mine(dist.all_sum(count) if settings.sharded else count, settings)
 
 

@@ -1,27 +1,32 @@
 """Which bank rows each image is contrasted with: windows over one random order per step.
 
-Shapes: B images, N bank rows, P pool rows, K negatives, C rows of a chunk, W ranks.
+Shapes: B images, N bank rows, P pool rows, K negatives, C rows of a chunk, S strata.
 
 Each step draws one uniformly random order of bank rows, the pool. Image i walks along it from a
 position s_i of its own, cyclically, skips rows of its own group (its class, or only itself), and
 takes the first K others. The order knows nothing of s_i, and permuting the other-group rows among
 themselves leaves its distribution as it is; so for every single image
 
-* the K rows are exactly a uniformly random K-subset of the other-group rows (``replace`` off), or
-  exactly K independent uniform draws from them (``replace`` on).
+* the K rows are exactly a uniformly random K-subset of the other-group rows, or, where they are
+  drawn with replacement, exactly K independent uniform draws from them.
 
 What is not as if drawn independently is the choice of two images of the same step: their windows
-overlap in a stretch of the same order. The overlap has the mean K²/P that independent subsets
-of the pool have, but it varies more; with ``shared`` all images walk from the same position. The
-gradient's expectation is the same in all cases. Steps are independent of each other.
+overlap in a stretch of the same order. On average they share as many rows as two independent
+subsets of the pool would, but the number varies more; with ``shared`` all images walk from the
+same position. An image's loss depends on its own negatives alone, so the expectations of loss and
+gradient are the same in all cases. Steps are independent of each other.
 
-Draws are functions of (seed, step) and, for s_i, of the image's own index: a resumed run needs no
-generator state, and an image meets the same negatives on any number of ranks.
+With S strata the same is done S times, each on the rows that leave one remainder by S, with its
+share of K: a sharded bank draws from each rank's rows, and a bank that is whole can be told to
+draw as one that is sharded.
+
+Draws are functions of (seed, step) and, for s_i, of the image's own number: a resumed run needs
+no generator state, and an image meets the same negatives on any number of ranks.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -34,9 +39,9 @@ _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """The negatives of B images as stretches of one order of bank rows."""
+    """The negatives of B images in one stratum, as stretches of one order of its rows."""
 
-    rows: Tensor  # P, bank rows in the order of the walk (of a shard: counted within it)
+    rows: Tensor  # P, rows in the order of the walk, as they are counted within this rank's bank
     row_groups: Tensor  # P, the group of each
     groups: Tensor  # B, the images' own groups, which they skip
     start: Tensor  # B, where each walk begins, in 0..P-1
@@ -52,21 +57,16 @@ class Windows:
         return inside & (self.row_groups[low:high] != self.groups[images, None])
 
     def chunks(self, size: int) -> Iterator[tuple[Tensor, slice, Tensor]]:
-        """Yield (bank rows C, images, allowed b×C) that together hold every negative once.
+        """Yield (rows C, images, allowed b×C) that together hold every negative once.
 
-        On a CPU the images must be in the order of their starts, and only those with a window
-        there are named; on a GPU all of them always are, so that the host need not know.
+        On a CPU only a run of images around those with a window there is named, short if they
+        come in the order of their starts; on a GPU all are, so that the host need not know.
         """
         spans = self._spans(size)
         for number, low in enumerate(range(0, len(self.rows), size)):
             high = min(low + size, len(self.rows))
             for images in spans[number]:
                 yield self.rows[low:high], images, self.allowed(low, high, images)
-
-    def ordered(self) -> tuple["Windows", Tensor]:
-        """Return the same windows with the images in the order of their starts, and that order."""
-        order = torch.argsort(self.start, stable=True)
-        return self.of(order), order
 
     def of(self, images: Tensor | slice) -> "Windows":
         """Return the windows of some of the images."""
@@ -106,44 +106,99 @@ class Windows:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stratum:
+    """A part of the rows, from which a part of the negatives is drawn."""
+
+    number: int  # among all S strata
+    rows: slice  # of this rank's bank
+    negatives: int  # its share of K; 0: every other-group row
+    pool: int  # P, rows to draw; see pool_rows
+    replace: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Drawer:
     """How negatives are drawn; ``draw`` is a function of (seed, step, index)."""
 
     seed: int
-    negatives: int  # K; 0: every other-group row
+    strata: Sequence[Stratum]  # those whose rows this rank holds
     shared: bool = False  # all images of a step walk from the same position
-    pool: int = 0  # P, drawn rows that a step's windows lie in (pool_rows); 0: all N
-    replace: bool = False
 
-    def draw(
-        self, step: int, index: Tensor, groups: Tensor, row_groups: Tensor, stratum: int = 0
-    ) -> Windows:
-        """Draw the negatives of B images.
+    def draw(self, step: int, index: Tensor, groups: Tensor, row_groups: Tensor) -> list[Windows]:
+        """Draw the negatives of B images, stratum by stratum.
 
         Args:
             step: global step. index: B, the images' numbers. groups: B, their groups.
-            row_groups: N, the groups of the bank's rows, or of one shard's.
-            stratum: the shard's number; shards draw independently.
+            row_groups: the groups of the rows of this rank's bank.
         """
-        rows = self._pool(step, row_groups, stratum)
-        of_rows = row_groups if rows is None else row_groups[rows]
-        if rows is None:
-            rows = torch.arange(len(row_groups), device=row_groups.device)
-        start = torch.zeros_like(index)
-        if not self.shared and self.negatives:
-            start = hashed(index, self.seed, step, stratum) % len(rows)
-        length, count = walk(of_rows, groups, start, self.negatives)
-        return Windows(rows, of_rows, groups, start, length, count)
+        fraction = hashed(index, self.seed, step) >> 31  # of 2^32
+        drawn = []
+        for stratum in self.strata:
+            rows = self._pool(step, stratum, row_groups)
+            of_rows = row_groups.index_select(0, rows)
+            start = (fraction * len(rows)) >> 32
+            if self.shared or not stratum.negatives:
+                start = torch.zeros_like(start)
+            length, count = walk(of_rows, groups, start, stratum.negatives)
+            drawn.append(Windows(rows, of_rows, groups, start, length, count))
+        return drawn
 
-    def _pool(self, step: int, row_groups: Tensor, stratum: int) -> Tensor | None:
-        if not self.negatives:
-            return None
-        device, n = row_groups.device, len(row_groups)
-        generator = torch.Generator(device).manual_seed(mixed(self.seed, step, stratum) >> 1)
-        size = self.pool or n
-        if self.replace:
-            return torch.randint(n, (size,), generator=generator, device=device)
-        return torch.randperm(n, generator=generator, device=device)[:size]
+    def _pool(self, step: int, stratum: Stratum, row_groups: Tensor) -> Tensor:
+        device = row_groups.device
+        first, end, stride = stratum.rows.indices(len(row_groups))
+        if not stratum.negatives:
+            return torch.arange(first, end, stride, device=device)
+        held = len(range(first, end, stride))
+        generator = torch.Generator(device)
+        generator.manual_seed(mixed(self.seed, step, stratum.number) >> 1)
+        if stratum.replace:
+            drawn = torch.randint(held, (stratum.pool,), generator=generator, device=device)
+        else:
+            drawn = torch.randperm(held, generator=generator, device=device)[: stratum.pool]
+        return drawn if (first, stride) == (0, 1) else drawn * stride + first
+
+
+def make_drawer(
+    seed: int,
+    negatives: int,
+    row_groups: Tensor,
+    *,
+    shared: bool = False,
+    replacement: str = "auto",
+    pool: int = 0,
+    strata: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> Drawer:
+    """Return how this rank draws its part of every image's K negatives.
+
+    Args:
+        negatives: K; 0 means every other-group row.
+        row_groups: the groups of the rows that this rank holds: rank, rank + W, …
+        replacement: "auto" (in strata with fewer others than their share of K), "always", "never".
+        pool: P over all strata; 0 means all rows.
+        strata: S, a multiple of the world; 0 means one for each rank.
+        rank, world: 0 and 1 for a bank that is whole.
+
+    Raises:
+        ValueError: S is not a multiple of the world.
+    """
+    strata = strata or world
+    if strata % world:
+        raise ValueError(f"{strata} strata do not divide over {world} ranks")
+    parts = []
+    for number in range(rank, strata, world):
+        rows = slice(number // world, None, strata // world)
+        own = row_groups[rows]
+        largest = int(torch.unique(own, return_counts=True)[1].max()) if len(own) else 0
+        share = negatives * (number + 1) // strata - negatives * number // strata
+        replace = replacement == "always"
+        replace = replace or (replacement == "auto" and share > len(own) - largest)
+        size = pool_rows(
+            len(own), largest, share, shared=shared, replace=replace, asked=-(-pool // strata)
+        )
+        parts.append(Stratum(number, rows, share, size, replace))
+    return Drawer(seed, parts, shared)
 
 
 def pool_rows(

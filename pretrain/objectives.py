@@ -81,6 +81,7 @@ class CTCConfig:
     num_negatives: int = 16384  # K; 0: every image of another class
     negatives: str = "per_sample"  # per_sample (released) or shared by the batch
     pool: int = 0  # bank rows that one step's negatives come from; 0: all (released), else ≥ K
+    strata: int = 0  # draw K/S from each S-th part of the images; 0: 1 (released), sharded: ranks
     replacement: str = "auto"  # auto (released: only if K exceeds the others), always, never
     other_class_only: bool = True  # false: negatives are all images but the image itself
     bank_refresh: bool = False  # stage 2's banks start as the frozen network's embeddings
@@ -228,6 +229,7 @@ def preservation_options(config: CTCConfig) -> PreservationOptions:
         negatives=config.num_negatives,
         shared=config.negatives == "shared",
         pool=config.pool,
+        strata=config.strata,
         replacement=config.replacement,
         other_class_only=config.other_class_only,
         z_decay=config.z_decay if config.z == "ema" else 1.0,
@@ -264,7 +266,7 @@ def check(config: CTCConfig) -> None:
     for key in ("tau1", "tau2", "dim1", "dim2"):
         if not getattr(config, key) > 0:
             raise InputError(f"ctc.{key} {getattr(config, key)} must be above 0")
-    for key in ("alpha", "beta", "num_negatives", "pool"):
+    for key in ("alpha", "beta", "num_negatives", "pool", "strata"):
         if getattr(config, key) < 0:
             raise InputError(f"ctc.{key} {getattr(config, key)} must not be negative")
     for key in ("m1", "m2", "z_decay"):
@@ -274,8 +276,12 @@ def check(config: CTCConfig) -> None:
         raise InputError(
             f"ctc.pool {config.pool} is smaller than ctc.num_negatives {config.num_negatives}"
         )
-    if config.bank_sharding == "sharded" and 0 < config.num_negatives < dist.world_size():
+    world = dist.world_size() if config.bank_sharding == "sharded" else 1
+    if config.strata % world:
+        raise InputError(f"ctc.strata {config.strata} must be a multiple of the {world} ranks")
+    strata = max(config.strata, world)
+    if 0 < config.num_negatives < strata:
         raise InputError(
-            f"ctc.num_negatives {config.num_negatives} must be at least the number of ranks, "
-            f"{dist.world_size()}, to be drawn on each rank's shard"
+            f"ctc.num_negatives {config.num_negatives} must be at least the {strata} strata (one "
+            "for each shard) that they are drawn from"
         )

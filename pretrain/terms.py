@@ -18,7 +18,7 @@ from core.seeds import torch_seeded
 from pretrain.attention import bank_instance_loss
 from pretrain.contrast import Settings, contrast_losses, first_log_z
 from pretrain.memory import MemoryBank, refresh
-from pretrain.negatives import Drawer, pool_rows
+from pretrain.negatives import make_drawer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +89,7 @@ class PreservationOptions:
     negatives: int = 16384  # K; 0: every other-group row
     shared: bool = False
     pool: int = 0  # rows that a step's windows lie in; 0: all
+    strata: int = 0  # parts of the rows that are drawn from separately; 0: one, or one a shard
     replacement: str = "auto"  # auto: only where K exceeds the others; always; never
     other_class_only: bool = True
     z_decay: float = 1.0  # share of the old Z that each step keeps; 1: fixed by the first batch
@@ -143,7 +144,17 @@ class PreservationTerm(nn.Module):
         self.register_buffer("z_known", torch.zeros((), dtype=torch.bool))
         self._has_z: bool | None = None  # z_known, as the host knows it
         self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "_has_z", None))
-        self.drawer = drawer_of_shard(options, self.groups, rank, world, seed)
+        self.drawer = make_drawer(
+            seed,
+            options.negatives,
+            self.groups,
+            shared=options.shared,
+            replacement=options.replacement,
+            pool=options.pool,
+            strata=options.strata,
+            rank=rank,
+            world=world,
+        )
         self.settings = Settings(
             options.temperature,
             bank_options.images,
@@ -202,7 +213,7 @@ class PreservationTerm(nn.Module):
         numbers = index
         if self.settings.sharded:
             of_images, numbers = dist.gather_rows(of_images), dist.gather_rows(index)
-        windows = self.drawer.draw(step, numbers, of_images, self.groups, stratum=self.bank.rank)
+        windows = self.drawer.draw(step, numbers, of_images, self.groups)
         if self.options.estimator == "nce" and not self._z_is_known():
             self._set_z(first_log_z((v, t), own, rows, windows, self.settings))
         losses_v, losses_t, new_z = contrast_losses(
@@ -239,31 +250,6 @@ class PreservationTerm(nn.Module):
         if self._has_z is None:  # once after the start or a resume
             self._has_z = bool(self.z_known)
         return self._has_z
-
-
-def drawer_of_shard(
-    options: PreservationOptions, groups: Tensor, rank: int, world: int, seed: int
-) -> Drawer:
-    """Return how one rank draws its share of the K negatives from its own rows.
-
-    Args:
-        groups: of the shard's rows. rank, world: 0 and 1 for a bank that is whole.
-    """
-    negatives = options.negatives * (rank + 1) // world - options.negatives * rank // world
-    largest = int(torch.unique(groups, return_counts=True)[1].max()) if len(groups) else 0
-    others = len(groups) - largest
-    replace = options.replacement == "always" or (
-        options.replacement == "auto" and negatives > others
-    )
-    pool = pool_rows(
-        len(groups),
-        largest,
-        negatives,
-        shared=options.shared,
-        replace=replace,
-        asked=-(-options.pool // world),
-    )
-    return Drawer(seed, negatives, options.shared, pool, replace)
 
 
 def project(projection: nn.Linear, features: Tensor) -> Tensor:

@@ -1,11 +1,15 @@
-"""Trains toy CTC runs as one of W processes and saves what test_objectives.py compares.
+"""Trains toy CTC runs on 1, 2 and 4 processes and saves what test_objectives.py compares.
 
-    python -m torch.distributed.run --nproc-per-node W tests/ctc_on_ranks.py OUTPUT
+    python tests/ctc_on_ranks.py OUTPUT
 
-Everything is in float64 and without BatchNorm, so that one process and many can agree.
+Everything is in float64 and without BatchNorm, so that one process and many can agree. The
+processes are forked, so that torch is imported once.
 """
 
 import dataclasses
+import multiprocessing
+import os
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +27,7 @@ from pretrain import losses
 from pretrain.objectives import CTC, CEConfig, CrossEntropy, CTCConfig, StageConfig
 from pretrain.terms import PreservationTerm
 
+WORLDS = (1, 2, 4)
 N, CLASSES, B, SIDE, STEPS = 45, 3, 8, 4, 3
 STAGES = {"stage1": StageConfig(1, 0.1, 1e-3), "stage2": StageConfig(1, 0.05, 5e-4)}
 SMALL = CTCConfig(**STAGES, num_negatives=12, dim1=6, dim2=5, tau1=0.2, tau2=0.3)
@@ -44,7 +49,15 @@ RUNS: dict[str, CTCConfig | None] = {
     "infonce_sharded": dataclasses.replace(
         SMALL, num_negatives=0, estimator="infonce", bank_sharding="sharded"
     ),
-    "nce_sharded": dataclasses.replace(SMALL, bank_sharding="sharded"),
+    "nce_sharded": dataclasses.replace(SMALL, bank_sharding="sharded", strata=4),
+    "shared_sharded": dataclasses.replace(
+        SMALL,
+        bank_sharding="sharded",
+        strata=4,
+        negatives="shared",
+        estimator="infonce",
+        num_negatives=40,
+    ),
 }
 
 
@@ -105,7 +118,7 @@ def build(config: CTCConfig | None) -> Objective:
 
 
 def train(config: CTCConfig | None) -> dict[str, Any]:
-    """Train STEPS steps in each stage; return losses (joined mean), weights and banks after each."""
+    """Train STEPS steps in each stage; return the joined losses, and the state after each stage."""
     images, labels = data()
     objective = build(config)
     trainer = Trainer(objective, LoopConfig(), Path(), 0, torch.device("cpu"))
@@ -150,8 +163,8 @@ def check_negatives(objective: Objective, images: Tensor, labels: Tensor) -> dic
     kernel = term.contrast(v, t, labels[index], index, 77)
     kernel_gradient = torch.autograd.grad(kernel, (v, t))
     everyone = dist.gather_rows(index)
-    windows = term.drawer.draw(77, everyone, labels[everyone], term.groups, stratum=rank)
-    mine = windows.listed() * world + rank  # 3W×K/W, as rows of the whole bank
+    windows = term.drawer.draw(77, everyone, labels[everyone], term.groups)
+    mine = torch.cat([part.listed() for part in windows], dim=1) * world + rank  # of all N rows
     listed = torch.cat(list(dist.gather_rows(mine[None])), dim=1)[rank * 3 : rank * 3 + 3]
     assert (labels[listed] != labels[index, None]).all()
     contrast = torch.cat([index[:, None], listed], dim=1)
@@ -159,14 +172,18 @@ def check_negatives(objective: Objective, images: Tensor, labels: Tensor) -> dic
     banks = (term.frozen_bank, term.bank)
     for embedding, bank, log_z in zip((v, t), banks, term.log_z, strict=True):
         whole = bank.sample(torch.arange(N))
-        formula = formula + losses.preservation_loss(
-            embedding,
-            whole,
-            contrast,
-            options.temperature,
-            log_z=log_z,
-            share=listed.shape[1] / N,
-        ).mean()
+        formula = (
+            formula
+            + losses.preservation_loss(
+                embedding,
+                whole,
+                contrast,
+                options.temperature,
+                estimator=options.estimator,
+                log_z=log_z,
+                share=listed.shape[1] / N,
+            ).mean()
+        )
     formula_gradient = torch.autograd.grad(formula, (v, t))
     return {
         "kernel": torch.cat([kernel[None].detach(), *map(torch.flatten, kernel_gradient)]),
@@ -175,11 +192,34 @@ def check_negatives(objective: Objective, images: Tensor, labels: Tensor) -> dic
     }
 
 
-def main(output: Path) -> None:
+def on_rank(rank: int, ranks: int, port: int, output: Path) -> None:
+    """Be one of the processes."""
+    group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in group.items()})
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
     dist.init("cpu")
     results = {name: train(config) for name, config in RUNS.items()}
-    torch.save(results, output / f"world{dist.world_size()}_rank{dist.rank()}.pt")
+    torch.save(results, output / f"world{ranks}_rank{rank}.pt")
     dist.shutdown()
+
+
+def main(output: Path) -> None:
+    torch.set_num_threads(1)
+    processes = []
+    for ranks in WORLDS:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for rank in range(ranks):
+            arguments = (rank, ranks, port, output)
+            processes.append(
+                multiprocessing.get_context("fork").Process(None, on_rank, args=arguments)
+            )
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    sys.exit(max(abs(process.exitcode or 0) for process in processes))
 
 
 if __name__ == "__main__":

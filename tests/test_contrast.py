@@ -13,7 +13,7 @@ from torch import Tensor
 from pretrain import attention, contrast, losses
 from pretrain.attention import attend, bank_instance_loss
 from pretrain.contrast import Settings, contrast_losses, first_log_z
-from pretrain.negatives import Drawer, Windows, pool_rows
+from pretrain.negatives import Drawer, Windows, make_drawer
 
 B, N, E, TAU = 9, 70, 8, 0.2
 LABELS = torch.arange(N) % 5
@@ -45,11 +45,13 @@ def batch() -> dict[str, Tensor]:
     }
 
 
-def windows_of(batch: dict[str, Tensor], drawer: Drawer) -> Windows:
+def windows_of(batch: dict[str, Tensor], drawer: Drawer) -> list[Windows]:
     return drawer.draw(3, batch["index"], batch["labels"], LABELS)
 
 
-def fast(batch: dict[str, Tensor], windows: Windows, settings: Settings, log_z: Tensor) -> Tensor:
+def fast(
+    batch: dict[str, Tensor], windows: list[Windows], settings: Settings, log_z: Tensor
+) -> Tensor:
     banks = (batch["bank_t"], batch["bank_v"])
     own = (banks[0][batch["index"]], banks[1][batch["index"]])
     embeddings = (batch["v"], batch["t"])
@@ -57,8 +59,10 @@ def fast(batch: dict[str, Tensor], windows: Windows, settings: Settings, log_z: 
     return torch.stack([first, second])
 
 
-def plain(batch: dict[str, Tensor], windows: Windows, estimator: str, log_z: Tensor) -> Tensor:
-    listed = windows.listed()
+def plain(
+    batch: dict[str, Tensor], windows: list[Windows], estimator: str, log_z: Tensor
+) -> Tensor:
+    listed = torch.cat([part.listed() for part in windows], dim=1)
     contrasted = torch.cat([batch["index"][:, None], listed], dim=1)
     share = listed.shape[1] / N
     pairs = ((batch["v"], batch["bank_t"], log_z[0]), (batch["t"], batch["bank_v"], log_z[1]))
@@ -78,10 +82,11 @@ def gradients(batch: dict[str, Tensor], value: Tensor) -> tuple[Tensor, ...]:
 
 
 DRAWERS = {
-    "per_sample": Drawer(1, 20),
-    "shared": Drawer(1, 20, True, pool_rows(N, 14, 20, shared=True, replace=False)),
-    "replaced": Drawer(1, 90, False, pool_rows(N, 14, 90, shared=False, replace=True), True),
-    "all": Drawer(1, 0),
+    "per_sample": make_drawer(1, 20, LABELS),
+    "shared": make_drawer(1, 20, LABELS, shared=True),
+    "replaced": make_drawer(1, 90, LABELS),
+    "all": make_drawer(1, 0, LABELS),
+    "strata": make_drawer(1, 20, LABELS, strata=3),
 }
 
 
@@ -99,12 +104,12 @@ def test_windows_give_the_loss_and_gradient_of_the_listed_negatives(
 
 
 def test_first_z_is_the_mean_over_positives_and_negatives(batch: dict[str, Tensor]) -> None:
-    windows = windows_of(batch, Drawer(1, 20))
+    windows = windows_of(batch, DRAWERS["per_sample"])
     banks = (batch["bank_t"], batch["bank_v"])
     own = (banks[0][batch["index"]], banks[1][batch["index"]])
     embeddings = (batch["v"], batch["t"])
     log_z = first_log_z(embeddings, own, banks, windows, Settings(TAU, N))
-    contrasted = torch.cat([batch["index"][:, None], windows.listed()], dim=1)
+    contrasted = torch.cat([batch["index"][:, None], windows[0].listed()], dim=1)
     for value, embedding, rows in zip(log_z, embeddings, banks, strict=True):
         similarity = losses.contrast_similarity(embedding, rows, contrasted) / TAU
         assert float(value) == pytest.approx(math.log(N * float(similarity.detach().exp().mean())))
@@ -115,7 +120,7 @@ def test_first_z_is_the_mean_over_positives_and_negatives(batch: dict[str, Tenso
 
 @pytest.mark.parametrize("estimator", losses.ESTIMATORS)
 def test_float32_loses_nothing_that_matters(batch: dict[str, Tensor], estimator: str) -> None:
-    windows, log_z = windows_of(batch, Drawer(1, 20)), torch.tensor([5.0, 6.5]).double()
+    windows, log_z = windows_of(batch, DRAWERS["per_sample"]), torch.tensor([5.0, 6.5]).double()
     exact = fast(batch, windows, Settings(TAU, N, estimator), log_z)
     narrow = {k: x.float() if x.is_floating_point() else x for k, x in batch.items()}
     value = fast(narrow, windows, Settings(TAU, N, estimator), log_z)

@@ -2,20 +2,26 @@
 
 import itertools
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 
 from core.seeds import mixed
-from pretrain.negatives import Drawer, Windows, hashed, pool_rows, walk
+from pretrain.negatives import Drawer, Windows, hashed, make_drawer, walk
 
 CLASSES = torch.tensor([0, 0, 1, 1, 1, 2, 3, 3, 3, 3] * 4)  # of N = 40 rows
 N = len(CLASSES)
 
 
-def drawn(drawer: Drawer, index: list[int], step: int = 0) -> Windows:
+def drawer(seed: int, negatives: int, **how: Any) -> Drawer:
+    return make_drawer(seed, negatives, CLASSES, **how)
+
+
+def drawn(how: Drawer, index: list[int], step: int = 0) -> Windows:
     images = torch.tensor(index)
-    return drawer.draw(step, images, CLASSES[images], CLASSES)
+    (windows,) = how.draw(step, images, CLASSES[images], CLASSES)
+    return windows
 
 
 @pytest.mark.parametrize("start", [0, 2, 5])
@@ -35,7 +41,7 @@ def test_every_subset_of_the_other_classes_is_equally_likely(start: int) -> None
 
 def test_each_image_gets_k_distinct_rows_of_other_classes() -> None:
     index = list(range(0, N, 3))
-    listed = drawn(Drawer(5, 17), index).listed()
+    listed = drawn(drawer(5, 17), index).listed()
     assert listed.shape == (len(index), 17)
     for image, rows in zip(index, listed.tolist(), strict=True):
         assert len(set(rows)) == 17
@@ -43,8 +49,8 @@ def test_each_image_gets_k_distinct_rows_of_other_classes() -> None:
 
 
 def test_images_of_one_step_do_not_share_one_set_unless_told_to() -> None:
-    alone = drawn(Drawer(5, 5), [5, 15, 25]).listed()  # all of class 2
-    shared = drawn(Drawer(5, 5, shared=True), [5, 15, 25]).listed()
+    alone = drawn(drawer(5, 5), [5, 15, 25]).listed()  # all of class 2
+    shared = drawn(drawer(5, 5, shared=True), [5, 15, 25]).listed()
     assert len({tuple(sorted(row)) for row in alone.tolist()}) == 3
     assert len({tuple(sorted(row)) for row in shared.tolist()}) == 1
 
@@ -53,25 +59,24 @@ def test_windows_overlap_as_much_on_average_as_independent_subsets() -> None:
     """Two images of a step share K²/N rows on average (here of one class: K²/others)."""
     shared = []
     for step in range(400):
-        first, second = drawn(Drawer(1, 12), [5, 15], step).listed().tolist()
+        first, second = drawn(drawer(1, 12), [5, 15], step).listed().tolist()
         shared.append(len(set(first) & set(second)))
     mean = torch.tensor(shared).double().mean()
     assert float(mean) == pytest.approx(12**2 / 36, abs=0.5)  # 4 standard errors
 
 
 def test_draws_depend_on_seed_step_and_image_but_not_on_the_batch() -> None:
-    drawer = Drawer(5, 6)
-    whole = drawn(drawer, [3, 8, 11, 30], step=9).listed()
-    part = drawn(drawer, [30, 8], step=9).listed()
+    one = drawer(5, 6)
+    whole = drawn(one, [3, 8, 11, 30], step=9).listed()
+    part = drawn(one, [30, 8], step=9).listed()
     assert torch.equal(part, whole[[3, 1]])
-    assert torch.equal(whole, drawn(drawer, [3, 8, 11, 30], step=9).listed())
-    assert not torch.equal(whole, drawn(drawer, [3, 8, 11, 30], step=10).listed())
-    assert not torch.equal(whole, drawn(Drawer(6, 6), [3, 8, 11, 30], step=9).listed())
+    assert torch.equal(whole, drawn(one, [3, 8, 11, 30], step=9).listed())
+    assert not torch.equal(whole, drawn(one, [3, 8, 11, 30], step=10).listed())
+    assert not torch.equal(whole, drawn(drawer(6, 6), [3, 8, 11, 30], step=9).listed())
 
 
 def test_with_replacement_k_may_exceed_the_others() -> None:
-    pool = pool_rows(N, 16, 100, shared=False, replace=True)
-    listed = drawn(Drawer(5, 100, pool=pool, replace=True), [6, 0]).listed()
+    listed = drawn(drawer(5, 100), [6, 0]).listed()
     assert listed.shape == (2, 100)
     for image, rows in zip([6, 0], listed.tolist(), strict=True):
         assert CLASSES[image] not in CLASSES[rows]
@@ -80,30 +85,52 @@ def test_with_replacement_k_may_exceed_the_others() -> None:
 
 
 def test_k_of_zero_takes_every_other_row() -> None:
-    windows = drawn(Drawer(5, 0), [0, 2])
+    windows = drawn(drawer(5, 0), [0, 2])
     assert windows.count.tolist() == [N - 8, N - 12]
     for image, own in zip([0, 2], windows.allowed(0, N), strict=True):
         assert torch.equal(windows.rows[own], (CLASSES[image] != CLASSES).nonzero()[:, 0])
 
 
 def test_without_replacement_fewer_others_than_k_are_all_taken() -> None:
-    windows = drawn(Drawer(5, 30), [6])  # 24 others
+    windows = drawn(drawer(5, 30, replacement="never"), [6])  # 24 others
     assert windows.count.tolist() == [24]
     assert int(windows.allowed(0, N).sum()) == 24
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_smallest_pool_still_holds_k_others_for_every_class(shared: bool) -> None:
-    pool = pool_rows(N, 16, 20, shared=shared, replace=False, asked=20)
-    assert pool == 36
+    one = drawer(5, 20, shared=shared, pool=20)
+    assert one.strata[0].pool == 36  # 20 and the largest class
     for step in range(20):
-        windows = drawn(Drawer(5, 20, shared, pool), list(range(N)), step)
+        windows = drawn(one, list(range(N)), step)
         assert windows.count.tolist() == [20] * N
+
+
+def test_strata_split_rows_and_negatives() -> None:
+    images = torch.tensor([5, 15, 6])
+    drawn_parts = drawer(5, 14, strata=4).draw(2, images, CLASSES[images], CLASSES)
+    assert [part.count.tolist() for part in drawn_parts] == [[3] * 3, [4] * 3, [3] * 3, [4] * 3]
+    for number, part in enumerate(drawn_parts):
+        assert (part.listed() % 4 == number).all()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_shards_draw_together_what_the_whole_bank_draws(world: int) -> None:
+    images = torch.tensor([5, 15, 6, 39])
+    whole = drawer(5, 13, strata=4).draw(2, images, CLASSES[images], CLASSES)
+    expected = {number: part.listed() for number, part in enumerate(whole)}
+    for rank in range(world):
+        held = CLASSES[rank::world]
+        one = make_drawer(5, 13, held, strata=4, rank=rank, world=world)
+        parts = one.draw(2, images, CLASSES[images], held)
+        for stratum, part in zip(one.strata, parts, strict=True):
+            assert torch.equal(part.listed() * world + rank, expected.pop(stratum.number))
+    assert not expected
 
 
 @pytest.mark.parametrize("size", [1, 7, 16, 40, 100])
 def test_chunks_hold_every_negative_exactly_once(size: int) -> None:
-    windows, _ = drawn(Drawer(3, 13), list(range(0, N, 2))).ordered()
+    windows = drawn(drawer(3, 13), list(range(0, N, 2)))
     found: list[list[int]] = [[] for _ in windows.start]
     for rows, images, allowed in windows.chunks(size):
         for image, own in zip(range(N)[images], allowed, strict=True):
