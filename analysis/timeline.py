@@ -1,0 +1,321 @@
+"""A run over time: every quantity for every saved epoch, on source and targets, as result rows.
+
+Shapes: ``N`` images of a split, ``D`` embedding, ``n`` pairs of an information estimate.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from analysis.features import Extraction, features_of, open_as, pixels_of
+from analysis.quantities import (
+    INFORMATION,
+    PER_SPLIT,
+    QUANTITIES,
+    Information,
+    Measured,
+    check,
+    measure_information,
+    measure_probe,
+    measure_split,
+    metrics_of,
+)
+from analysis.survey import Epoch, Survey, survey
+from core import dist
+from core.checkpoint import Checkpoint, load_checkpoint
+from core.config import to_dict
+from core.datasets import DataConfig, IndexedDataset, report_split
+from core.errors import InputError
+from core.results import ResultRow, append_rows, config_hash, read_rows
+from transfer.linear import LinearConfig
+
+ALL = "all"  # the split that is train and test together
+
+
+@dataclasses.dataclass(frozen=True)
+class TimelineConfig:
+    """Which quantities, on which data."""
+
+    source: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(name=""))  # "": run's
+    targets: list[DataConfig] = dataclasses.field(default_factory=list)
+    quantities: list[str] = dataclasses.field(default_factory=lambda: list(QUANTITIES))
+    every: int = 1  # of the saved epochs those it divides, the first, the boundary and the last
+    clustering_seeds: list[int] = dataclasses.field(default_factory=lambda: [0, 1, 2])
+    information: Information = dataclasses.field(default_factory=Information)
+    linear: LinearConfig = dataclasses.field(default_factory=LinearConfig)
+    features: Extraction = dataclasses.field(default_factory=Extraction)
+    device: str = "auto"  # auto, cpu, cuda, cuda:N
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """One thing to measure for each epoch."""
+
+    quantity: str
+    place: int  # 0: the source; from 1 on: the targets
+    split: str
+
+
+class Timeline:
+    """A run, its data sets, and what is measured already.
+
+    Raises:
+        InputError: a config, run or data set that cannot be used; nothing has been written then.
+    """
+
+    def __init__(self, run: Path, config: TimelineConfig, protocol: str, init: str = "") -> None:
+        check(config.information)
+        unknown = [name for name in config.quantities if name not in QUANTITIES]
+        if unknown or not config.quantities:
+            known = ", ".join(QUANTITIES)
+            raise InputError(f"quantities names {unknown or 'nothing'}; known are {known}")
+        self.run, self.config, self.protocol = run, config, protocol
+        self.survey: Survey = survey(run, config.every)
+        self.facts = self.survey.facts
+        self.init = init or self.facts.method
+        self.device = dist.pick_device(config.device)
+        newest = load_checkpoint(self.survey.epochs[-1].path)
+        self.data = [_source(config, newest), *config.targets]
+        self.datasets = [_open(data, newest) for data in self.data]
+        self.names = [next(iter(splits.values())).name for splits in self.datasets]
+        if len(set(self.names)) < len(self.names):
+            raise InputError(f"data sets must differ, but the config names {', '.join(self.names)}")
+        self.units = list(self._units())
+        self._sides: dict[Any, Tensor] = {}  # X and T1, which all epochs share
+
+    def todo(self) -> list[tuple[Epoch, Unit]]:
+        """Return what no row holds yet: same weights, same config; epoch by epoch."""
+        done = self._done()
+        return [
+            (epoch, unit)
+            for epoch in self.survey.epochs
+            for unit in self.units
+            if not (unit.quantity == "h_t" and self.reference() is None)
+            and not all((epoch.sha256, *key) in done for key in self.keys(unit))
+        ]
+
+    def reference(self) -> Epoch | None:
+        """Return the epoch whose features are T1, or None where it is not there (yet)."""
+        wanted = self.config.information.reference_epoch
+        if wanted < 0:
+            schedule = self.survey.schedule
+            wanted = schedule.boundary or schedule.total or self.survey.epochs[-1].number
+        return next((epoch for epoch in self.survey.epochs if epoch.number == wanted), None)
+
+    def work(self) -> Iterator[list[ResultRow]]:
+        """Measure what is to do; after each measurement its rows are appended, then yielded."""
+        todo = self.todo()
+        together = self.config.information.epochs_at_once if self.device.type == "cuda" else 1
+        order = list(dict.fromkeys(epoch for epoch, _ in todo))
+        wanted = set(todo)
+        for first in range(0, len(order), together):
+            group = order[first : first + together]
+            held: dict[Any, Tensor] = {}
+            for unit in sorted(self.units, key=lambda unit: unit.place):
+                epochs = [epoch for epoch in group if (epoch, unit) in wanted]
+                if unit.quantity in INFORMATION and epochs:
+                    yield self._measured(epochs, unit, held)
+                else:
+                    for epoch in epochs:
+                        yield self._measured([epoch], unit, held)
+
+    def _measured(
+        self, epochs: list[Epoch], unit: Unit, held: dict[Any, Tensor]
+    ) -> list[ResultRow]:
+        started = time.monotonic()
+        try:
+            found = self._measure(epochs, unit, held)
+        except InputError:
+            raise
+        except ValueError as error:  # a NaN, a diverged critic: never passed over
+            where = f"{self.names[unit.place]}/{unit.split}"
+            numbers = ", ".join(str(epoch.number) for epoch in epochs)
+            raise InputError(f"{unit.quantity} of epoch {numbers} on {where}: {error}") from error
+        seconds = (time.monotonic() - started) / len(epochs)
+        pairs = zip(epochs, found, strict=True)
+        rows = [self._row(epoch, unit, one, seconds) for epoch, many in pairs for one in many]
+        append_rows(self.run / "results.jsonl", rows)
+        return rows
+
+    def _measure(
+        self, epochs: list[Epoch], unit: Unit, held: dict[Any, Tensor]
+    ) -> list[list[Measured]]:
+        features = [self._features(epoch, unit.place, unit.split, held) for epoch in epochs]
+        labels = self.labels(unit.place, unit.split)
+        if unit.quantity in PER_SPLIT:
+            seeds = self.config.clustering_seeds
+            return [measure_split(unit.quantity, features[0], labels, seeds, self.device)]
+        if unit.quantity == "probe":
+            train = self._features(epochs[0], unit.place, "train", held)
+            classes = len(self.datasets[unit.place]["train"].classes)
+            pair = (train, self.labels(unit.place, "train")), (features[0], labels)
+            return [measure_probe(*pair, classes, self.config.linear, self.device)]
+        rows = self._pairs(len(labels))
+        taken = [part[rows].to(self.device) for part in features]
+        side = self._side(unit, rows).to(self.device)
+        return measure_information(unit.quantity, side, taken, self.config.information)
+
+    def _features(self, epoch: Epoch, place: int, split: str, held: dict[Any, Tensor]) -> Tensor:
+        if split == ALL:
+            parts = [self._features(epoch, place, s, held) for s in self.datasets[place]]
+            return torch.cat(parts)
+        key = (epoch.number, place, split)
+        if key not in held:
+            for other in [k for k in held if k[1] != place]:
+                del held[other]  # data sets are worked through one after the other
+            checkpoint = load_checkpoint(epoch.path)
+            dataset = self.datasets[place][split]
+            held[key] = features_of(checkpoint, dataset, self.device, self.config.features)
+        return held[key]
+
+    def labels(self, place: int, split: str) -> Tensor:
+        splits = self.datasets[place]
+        chosen = splits.values() if split == ALL else [splits[split]]
+        return torch.cat([dataset.labels for dataset in chosen])
+
+    def _side(self, unit: Unit, rows: Tensor) -> Tensor:
+        """Return what the features are paired with: images, labels, or the reference's features."""
+        if unit.quantity == "mi_ty":
+            return self.labels(unit.place, unit.split)[rows]
+        key = (unit.quantity, unit.place)
+        if key not in self._sides:
+            if unit.quantity == "h_t":
+                reference = self.reference()
+                assert reference is not None  # todo() names no such unit otherwise
+                self._sides[key] = self._features(reference, unit.place, unit.split, {})[rows]
+            else:
+                self._sides[key] = self._pixels(unit.place, unit.split, rows)
+        return self._sides[key]
+
+    def _pixels(self, place: int, split: str, rows: Tensor) -> Tensor:
+        how, parts, first = self.config.information, [], 0
+        for name, dataset in self.datasets[place].items():
+            if split in (name, ALL):
+                inside = rows[(rows >= first) & (rows < first + len(dataset))] - first
+                workers = self.config.features.workers
+                parts.append(pixels_of(dataset, inside, how.side, workers))
+                first += len(dataset)
+        return torch.cat(parts)
+
+    def _pairs(self, count: int) -> Tensor:
+        """Return the positions of at most ``information.pairs`` images, evenly spread."""
+        limit = self.config.information.pairs
+        if count <= limit:
+            return torch.arange(count)
+        return torch.linspace(0, count - 1, limit, dtype=torch.float64).round().long()
+
+    def _units(self) -> Iterator[Unit]:
+        for place, splits in enumerate(self.datasets):
+            judged = list(splits)[-1]
+            wanted = {"train": "train", "test": judged, ALL: ALL}[self.config.information.split]
+            for quantity in self.config.quantities:
+                if quantity in PER_SPLIT:
+                    for split in splits if place == 0 else [judged]:
+                        yield Unit(quantity, place, split)
+                else:
+                    yield Unit(quantity, place, wanted if quantity in INFORMATION else judged)
+
+    def keys(self, unit: Unit) -> list[tuple[str, ...]]:
+        """Return what a done unit's rows say of themselves, beside their weights."""
+        metrics = metrics_of(unit.quantity, self.config.information)
+        place = (self.names[unit.place], unit.split, self._hash(unit))
+        return [(*place, metric) for metric in metrics]
+
+    def _done(self) -> set[tuple[str, ...]]:
+        path = self.run / "results.jsonl"
+        rows = read_rows(path) if path.is_file() else []
+        return {
+            (row.weights, row.dataset, row.split, row.config, row.metric)
+            for row in rows
+            if (row.step, row.protocol, row.init) == ("analysis", self.protocol, self.init)
+        }
+
+    def _hash(self, unit: Unit) -> str:
+        """Return a hash of all that the unit's values depend on, so that no other key redoes it."""
+        content = to_dict(self.config)
+        data = to_dict(self.data[unit.place])
+        del data["workers"], data["root"]
+        information = content["information"]
+        settings = {"mi_xt": "xt", "mi_ty": "ty", "h_t": "ht"}.get(unit.quantity)
+        shared = {key: information[key] for key in ("estimators", "seeds", "pairs", "side")}
+        parts = {
+            "clustering": content["clustering_seeds"],
+            "probe": content["linear"],
+            "h_t": information["reference_epoch"],
+        }
+        estimate = [shared, information[settings]] if settings else []
+        amp = content["features"]["amp"]
+        return config_hash({"all": [unit.quantity, data, amp, parts.get(unit.quantity), estimate]})
+
+    def _row(self, epoch: Epoch, unit: Unit, found: Measured, seconds: float) -> ResultRow:
+        splits = self.datasets[unit.place]
+        schedule = self.survey.schedule
+        details = {
+            "role": "target" if unit.place else "source",
+            "images": len(self.labels(unit.place, found.split or unit.split)),
+            "image_size": next(iter(splits.values())).image_size,
+            "arch": self.facts.arch,
+            "pretrained_on": self.facts.dataset,
+            "boundary": schedule.boundary,
+            "epochs": schedule.total,
+            "seconds": round(seconds, 3),
+        }
+        if unit.quantity == "h_t":
+            reference = self.reference()
+            details["reference_epoch"] = reference.number if reference else None
+        return ResultRow(
+            step="analysis",
+            protocol=self.protocol,
+            dataset=self.names[unit.place],
+            split=found.split or unit.split,
+            metric=found.metric,
+            value=found.value,
+            unit=found.unit,
+            init=self.init,
+            seed=self.facts.seed,
+            epoch=epoch.number,
+            selection=found.selection,
+            weights=epoch.sha256,
+            weights_path=str(epoch.path),
+            config=self._hash(unit),
+            run=str(self.run),
+            details=details | found.details,
+        )
+
+
+def summary(timeline: Timeline, todo: Sequence[tuple[Epoch, Unit]]) -> list[str]:
+    """Return in sentences what is there, what is not, and what there is to do."""
+    epochs = timeline.survey.epochs
+    pairs = len(epochs) * len(timeline.units)
+    said = [
+        f"{timeline.run}: {timeline.init}, {timeline.facts.arch}, seed {timeline.facts.seed}; "
+        f"{len(epochs)} epochs ({epochs[0].number}…{epochs[-1].number}) on "
+        f"{', '.join(timeline.names)}: {len(todo)} measurements to do of {pairs}",
+        *timeline.survey.sentences(),
+    ]
+    if "h_t" in timeline.config.quantities and timeline.reference() is None:
+        said.append("H(T) waits: the epoch that information.reference_epoch means is not there yet")
+    return said
+
+
+def _open(config: DataConfig, checkpoint: Checkpoint) -> dict[str, IndexedDataset]:
+    """Open train and the split that final numbers are given on, in this order."""
+    return {
+        s: open_as(config, checkpoint, s) for s in dict.fromkeys(("train", report_split(config)))
+    }
+
+
+def _source(config: TimelineConfig, checkpoint: Checkpoint) -> DataConfig:
+    """Return the source data: as configured, or those that the run says it was trained on."""
+    if config.source.name:
+        return config.source
+    known = {field.name for field in dataclasses.fields(DataConfig)}
+    content = checkpoint.facts.config.get("data")
+    if not isinstance(content, dict):
+        raise InputError(f"{checkpoint.path} does not say what it was trained on: set source.name")
+    return DataConfig(**{key: value for key, value in content.items() if key in known})

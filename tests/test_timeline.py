@@ -1,0 +1,340 @@
+"""A timeline over tiny checkpoints: complete rows, nothing skipped unsaid, nothing redone."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from analysis import timeline as timeline_module
+from analysis.costs import expected_cost
+from analysis.features import Extraction
+from analysis.mutual_information import Settings
+from analysis.quantities import QUANTITIES, Information, measure_information
+from analysis.retrieval import recall_at_1
+from analysis.survey import schedule_of, survey
+from analysis.timeline import Timeline, TimelineConfig, summary
+from core.checkpoint import Facts, save_checkpoint
+from core.datasets import DataConfig
+from core.errors import InputError
+from core.resnet import create_model
+from core.results import ResultRow, read_rows
+from transfer.linear import LinearConfig
+
+ARCH = "resnet18_cifar_w16"
+SHORT = Settings(
+    hidden=16, iterations=12, batch=16, lr=1e-3, evaluations=3, embedding=4, marginal_draws=2
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def pretrain_config(data: Path, method: str = "ctc") -> dict[str, Any]:
+    """What a checkpoint keeps of its recipe: epochs 0, 1, 2, 3; stage 1 ends with 2."""
+    return {
+        "method": method,
+        "data": {"name": "npz", "root": str(data), "image_size": 16},
+        "ce": {"stage": {"epochs": 3}},
+        "ctc": {"stage1": {"epochs": 2}, "stage2": {"epochs": 1}},
+        "loop": {"save_every": 1},
+    }
+
+
+def write_epoch(run: Path, epoch: int, data: Path, claimed: int | None = None) -> Path:
+    """Save an untrained network of its own seed as an epoch."""
+    torch.manual_seed(epoch)
+    number = epoch if claimed is None else claimed
+    facts = Facts(
+        ARCH, 3, "ctc", number, 4, "tiny", 16, (0.4, 0.4, 0.4), (0.2, 0.2, 0.2),
+        config=pretrain_config(data),
+    )  # fmt: skip
+    path = run / "checkpoints" / f"epoch_{epoch:04d}.pth"
+    save_checkpoint(path, create_model(ARCH, 3).state_dict(), facts)
+    return path
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.fixture
+def target(tmp_path: Path, tiny_npz: Path) -> Path:
+    copy = tmp_path / "elsewhere.npz"
+    copy.write_bytes(tiny_npz.read_bytes())
+    return copy
+
+
+def quick(target: Path, **changes: Any) -> TimelineConfig:
+    information = Information(seeds=[0, 1], split="all", side=4, xt=SHORT, ty=SHORT, ht=SHORT)
+    config = TimelineConfig(
+        targets=[DataConfig(name="npz", root=str(target))],
+        clustering_seeds=[0, 1],
+        information=information,
+        linear=LinearConfig(c_values=3, sweep_iterations=20, iterations=50),
+        features=Extraction(cache=False),
+        device="cpu",
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def work(timeline: Timeline) -> list[ResultRow]:
+    return [row for rows in timeline.work() for row in rows]
+
+
+def test_every_quantity_of_every_readable_epoch_and_the_truncated_one_named(
+    tmp_path: Path, tiny_npz: Path, target: Path
+) -> None:
+    run = tmp_path / "run"
+    for epoch in (0, 1, 2):
+        write_epoch(run, epoch, tiny_npz)
+    truncate(run / "checkpoints" / "epoch_0001.pth")
+    timeline = Timeline(run, quick(target), "tiny")
+    said = "\n".join(summary(timeline, timeline.todo()))
+    assert "unreadable: epoch_0001.pth (is truncated" in said
+    assert "1 epochs not written yet: 3" in said
+    rows = work(timeline)
+    written = read_rows(run / "results.jsonl")
+    assert [(r.metric, r.value) for r in rows] == [(r.metric, r.value) for r in written]
+    found = {(row.epoch, row.dataset, row.split, row.metric) for row in rows}
+    assert len(found) == len(rows)  # nothing twice
+    expected = set()
+    for epoch in (0, 2):
+        for split in ("train", "test"):
+            for metric in ("recall@1", "nmi", "effective_rank", "feature_norm", "linear/top1"):
+                expected.add((epoch, "tiny", split, metric))
+        for metric in ("recall@1", "nmi", "effective_rank", "feature_norm"):
+            expected.add((epoch, "elsewhere", "test", metric))
+        for split in ("train", "test"):
+            expected.add((epoch, "elsewhere", split, "linear/top1"))
+        for name in ("tiny", "elsewhere"):
+            for metric in ("mi_xt", "mi_ty", "h_t_bound"):
+                expected.add((epoch, name, "all", metric))
+    assert found == expected
+    first = {(r.metric, r.split): r for r in rows if (r.epoch, r.dataset) == (0, "tiny")}
+    assert first["mi_xt", "all"].unit == "nat"
+    assert first["mi_xt", "all"].details["pairs"] == 72
+    assert len(first["mi_xt", "all"].details["values"]) == 2
+    assert first["nmi", "train"].details["normalisation"] == "arithmetic"
+    bound = first["h_t_bound", "all"]
+    assert bound.details["reference_epoch"] == 2  # the end of stage 1
+    assert bound.value is not None
+    assert bound.value <= bound.details["cap"]
+    row = first["recall@1", "train"]
+    assert (row.step, row.init, row.seed, row.protocol) == ("analysis", "ctc", 4, "tiny")
+    assert row.details["boundary"] == 2
+    features = timeline._features(timeline.survey.epochs[0], 0, "train", {})
+    labels = timeline.labels(0, "train")
+    assert row.value == pytest.approx(100 * recall_at_1(features, labels), abs=1e-6)
+
+
+def test_done_epochs_are_skipped_and_new_ones_and_changed_weights_are_not(
+    tmp_path: Path, tiny_npz: Path, target: Path
+) -> None:
+    run, config = tmp_path / "run", quick(target, quantities=["companions"])
+    write_epoch(run, 0, tiny_npz)
+    write_epoch(run, 1, tiny_npz)
+    first = Timeline(run, config, "tiny")
+    next(first.work())  # interrupted after one measurement
+    assert len(Timeline(run, config, "tiny").todo()) == 5
+    work(Timeline(run, config, "tiny"))
+    assert Timeline(run, config, "tiny").todo() == []
+    other = Timeline(run, dataclasses.replace(config, every=7, device="cpu"), "tiny")
+    assert other.todo() == []
+    write_epoch(run, 2, tiny_npz)  # a training beside us has gone on
+    assert {epoch.number for epoch, _ in Timeline(run, config, "tiny").todo()} == {2}
+    torch.manual_seed(99)
+    facts = Facts(ARCH, 3, "ctc", 1, 4, "tiny", 16, (0.4,) * 3, (0.2,) * 3)
+    path = run / "checkpoints" / "epoch_0001.pth"
+    save_checkpoint(path, create_model(ARCH, 3).state_dict(), facts)
+    assert {epoch.number for epoch, _ in Timeline(run, config, "tiny").todo()} == {1, 2}
+
+
+def test_a_changed_setting_redoes_what_depends_on_it_and_nothing_else(
+    tmp_path: Path, tiny_npz: Path, target: Path
+) -> None:
+    run = tmp_path / "run"
+    write_epoch(run, 0, tiny_npz)
+    config = quick(target, quantities=["companions", "mi_ty"])
+    work(Timeline(run, config, "tiny"))
+    longer = dataclasses.replace(config.information, ty=dataclasses.replace(SHORT, iterations=13))
+    changed = dataclasses.replace(config, information=longer)
+    redone = {unit.quantity for _, unit in Timeline(run, changed, "tiny").todo()}
+    assert redone == {"mi_ty"}
+
+
+def test_epochs_missing_in_the_middle_are_named_and_later_ones_are_only_not_written(
+    tmp_path: Path, tiny_npz: Path
+) -> None:
+    for epoch in (0, 2):
+        write_epoch(tmp_path, epoch, tiny_npz)
+    found = survey(tmp_path)
+    assert (found.missing, found.unwritten, found.unreadable) == ([1], [3], [])
+    assert "1 epochs are missing: 1" in " ".join(found.sentences())
+
+
+def test_a_file_that_holds_another_epoch_is_unreadable(tmp_path: Path, tiny_npz: Path) -> None:
+    write_epoch(tmp_path, 0, tiny_npz)
+    write_epoch(tmp_path, 2, tiny_npz, claimed=1)
+    found = survey(tmp_path)
+    assert [path.name for path, _ in found.unreadable] == ["epoch_0002.pth"]
+    assert "epoch 1" in found.unreadable[0][1]
+
+
+def test_every_keeps_first_boundary_and_last(tmp_path: Path, tiny_npz: Path) -> None:
+    for epoch in (0, 1, 2, 3):
+        write_epoch(tmp_path, epoch, tiny_npz)
+    assert [epoch.number for epoch in survey(tmp_path, every=10).epochs] == [0, 2, 3]
+
+
+def test_schedules_are_read_from_recipes(tiny_npz: Path) -> None:
+    ctc = schedule_of(pretrain_config(tiny_npz))
+    assert (ctc.saved, ctc.boundary) == ((0, 1, 2, 3), 2)
+    ce = pretrain_config(tiny_npz, "ce")
+    ce["loop"]["save_every"] = 2
+    assert (schedule_of(ce).saved, schedule_of(ce).boundary) == ((0, 2, 3), None)
+    assert schedule_of(pretrain_config(tiny_npz, "random")).saved == (0,)
+    assert schedule_of({"method": "ce"}).saved == ()
+
+
+def test_a_nan_ends_the_work_naming_epoch_and_data(
+    tmp_path: Path, tiny_npz: Path, target: Path
+) -> None:
+    run = tmp_path / "run"
+    write_epoch(run, 0, tiny_npz)
+    wild = dataclasses.replace(SHORT, lr=1e30, evaluations=12)
+    config = quick(target, quantities=["mi_xt"])
+    information = dataclasses.replace(config.information, xt=wild)
+    timeline = Timeline(run, dataclasses.replace(config, information=information), "tiny")
+    with pytest.raises(InputError, match=r"mi_xt of epoch 0 on tiny/all: the critic diverged"):
+        work(timeline)
+    assert not (run / "results.jsonl").exists()
+
+
+def test_images_and_labels_are_paired_with_their_own_features(
+    tmp_path: Path, tiny_npz: Path, target: Path
+) -> None:
+    """Row i of X and of Y is the image whose features are row i, over both splits."""
+    run = tmp_path / "run"
+    write_epoch(run, 0, tiny_npz)
+    timeline = Timeline(run, quick(target), "tiny")
+    unit = next(u for u in timeline.units if u.quantity == "mi_xt" and u.place == 0)
+    rows = torch.tensor([3, 47, 48, 71])  # two of train, two of test
+    pixels = timeline._side(unit, rows).view(4, 3, 4, 4)
+    labels = timeline.labels(0, "all")[rows]
+    assert labels.tolist() == [0, 2, 0, 2]
+    # Each class has a colour: the mean of that channel is the highest.
+    assert pixels.mean((2, 3)).argmax(1).tolist() == labels.tolist()
+
+
+def test_more_pairs_than_allowed_are_spread_over_the_split(
+    tmp_path: Path, tiny_npz: Path, target: Path
+) -> None:
+    run = tmp_path / "run"
+    write_epoch(run, 0, tiny_npz)
+    config = quick(target)
+    information = dataclasses.replace(config.information, pairs=24)
+    timeline = Timeline(run, dataclasses.replace(config, information=information), "tiny")
+    rows = timeline._pairs(72)
+    assert (len(rows), int(rows[0]), int(rows[-1])) == (24, 0, 71)
+    assert len(rows.unique()) == 24
+
+
+def test_several_epochs_at_once_give_what_each_gives_alone() -> None:
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (90,), generator=draw)
+    first = F.one_hot(labels, 3) + 0.1 * torch.randn(90, 3, generator=draw)
+    second = torch.randn(90, 3, generator=draw)
+    how = Information(estimators=["mine", "smile"], seeds=[0], ty=SHORT)
+    both = measure_information("mi_ty", labels, [first, second], how)
+    assert [[m.metric for m in one] for one in both] == [["mi_ty", "mi_ty/smile"]] * 2
+    for features, found in zip((first, second), both, strict=True):
+        (alone,) = measure_information("mi_ty", labels, [features], how)
+        assert [m.value for m in found] == pytest.approx([m.value for m in alone], abs=2e-4)
+
+
+def test_time_is_told_before_the_start_and_from_the_rows_once_there_are_some(
+    tmp_path: Path, tiny_npz: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    write_epoch(run, 0, tiny_npz)
+    write_epoch(run, 1, tiny_npz)
+    timeline = Timeline(run, quick(target), "tiny")
+    cost = expected_cost(timeline, timeline.todo())
+    assert set(cost.quantities) == set(QUANTITIES) - {"h_t"}  # its reference is not there yet
+    assert all(seconds > 0 for seconds in cost.quantities.values())
+    assert cost.features > 0
+    half = expected_cost(timeline, [pair for pair in timeline.todo() if pair[0].number == 0])
+    assert half.quantities["mi_xt"] < cost.quantities["mi_xt"]
+    clock = iter(range(0, 10_000, 5))
+    monkeypatch.setattr(timeline_module.time, "monotonic", lambda: float(next(clock)))
+    only = Timeline(run, quick(target, quantities=["companions"]), "tiny")
+    next(only.work())
+    next(only.work())
+    monkeypatch.undo()
+    told = expected_cost(only, only.todo())
+    assert told.quantities["companions"] >= 5 * 2  # two measured units again for epoch 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"quantities": ["recall"]}, "quantities names"),
+        ({"information": Information(split="val")}, "information.split"),
+        ({"information": Information(estimators=["ksg"])}, "information.estimators"),
+        ({"targets": [DataConfig(name="npz", root="{data}")]}, "must differ"),
+    ],
+)
+def test_bad_configs_are_refused_before_anything_is_written(
+    tmp_path: Path, tiny_npz: Path, target: Path, changes: dict[str, Any], words: str
+) -> None:
+    run = tmp_path / "run"
+    write_epoch(run, 0, tiny_npz)
+    if "targets" in changes:
+        changes = {"targets": [DataConfig(name="npz", root=str(tiny_npz))]}
+    with pytest.raises(InputError, match=words):
+        Timeline(run, quick(target, **changes), "tiny")
+    assert not (run / "results.jsonl").exists()
+
+
+def test_no_run_and_no_readable_epoch_are_said(tmp_path: Path, tiny_npz: Path) -> None:
+    with pytest.raises(InputError, match=r"holds no epoch_XXXX\.pth"):
+        survey(tmp_path)
+    truncate(write_epoch(tmp_path, 0, tiny_npz))
+    with pytest.raises(InputError, match="none of 1 checkpoints"):
+        survey(tmp_path)
+
+
+def test_the_tool_walks_draws_and_reports_what_was_unreadable(
+    tmp_path: Path, tiny_npz: Path, target: Path, run_tool: Callable[..., Any]
+) -> None:
+    run = tmp_path / "run"
+    for epoch in (0, 1):
+        write_epoch(run, epoch, tiny_npz)
+    truncate(write_epoch(run, 2, tiny_npz))
+    config = tmp_path / "tiny.yaml"
+    config.write_text(
+        f"targets: [{{name: npz, root: {target}}}]\nquantities: [retrieval, companions]\n"
+        "features: {cache: false}\ndevice: cpu\n"
+    )
+    os.environ.setdefault("MPLCONFIGDIR", str(tmp_path))
+    done = run_tool(
+        "run_analysis.py", "--run", run, "--config", config, "--figures", tmp_path / "drawn"
+    )
+    assert done.returncode == 1, done.stderr
+    assert "unreadable: epoch_0002.pth" in done.stderr
+    assert "expected time" in done.stdout
+    assert (tmp_path / "drawn" / "tradeoff_ctc.svg").exists()
+    assert {row.epoch for row in read_rows(run / "results.jsonl")} == {0, 1}
+    bad = run_tool("run_analysis.py", "--run", run, "--config", config, "information.lr", "1")
+    assert bad.returncode == 2
+    assert "unknown key 'information.lr'" in bad.stderr

@@ -1,0 +1,183 @@
+"""Figures checked by the numbers they hold, not by their pixels."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.colors import to_hex
+
+from core.config import InputError
+from core.results import ResultRow
+from report.timeline_figures import (
+    Drawn,
+    correlation,
+    gather,
+    paths,
+    save_timeline_figures,
+    scatter,
+    series,
+    timeline_figures,
+)
+
+EPOCHS = (0, 10, 20, 30)
+
+
+def row(
+    init: str, seed: int, epoch: int, metric: str, value: float, dataset: str, split: str
+) -> ResultRow:
+    details = {"role": "source" if dataset == "src" else "target"}
+    details |= {"boundary": 20} if init == "ctc" else {"boundary": None}
+    unit = "nat" if metric.startswith("mi") else "%"
+    return ResultRow(
+        "analysis", "tiny", dataset, split, metric, value, unit, init, seed, epoch,
+        weights=f"{init}{seed}{epoch}", details=details,
+    )  # fmt: skip
+
+
+def value(init: str, seed: int, epoch: int, metric: str, dataset: str) -> float:
+    """A made-up number that tells its row from all others."""
+    return (
+        (100 if init == "ctc" else 0)
+        + 3 * seed
+        + epoch
+        + {"recall@1": 0.1, "nmi": 0.2, "linear/top1": 0.3, "mi_xt": 0.4, "mi_ty": 0.5}[metric]
+        + (0.05 if dataset == "src" else 0)
+    )
+
+
+def rows(
+    inits: tuple[str, ...] = ("ctc", "ce"), seeds: tuple[int, ...] = (0, 1)
+) -> list[ResultRow]:
+    found = []
+    for init in inits:
+        for seed in seeds:
+            for epoch in EPOCHS:
+                for metric, dataset, split in (
+                    ("recall@1", "src", "train"), ("recall@1", "src", "test"),
+                    ("nmi", "src", "train"), ("linear/top1", "src", "train"),
+                    ("linear/top1", "tgt", "train"), ("linear/top1", "tgt", "test"),
+                    ("mi_xt", "src", "all"), ("mi_xt", "tgt", "all"),
+                    ("mi_ty", "src", "all"), ("mi_ty", "tgt", "all"),
+                ):  # fmt: skip
+                    number = value(init, seed, epoch, metric, dataset)
+                    number += 7.0 if split == "train" and dataset == "tgt" else 0.0
+                    found.append(row(init, seed, epoch, metric, number, dataset, split))
+    return found
+
+
+def drawn(name: str, found: list[ResultRow]) -> Drawn:
+    return next(one for one in timeline_figures(found) if one.name == name)
+
+
+def lines(axes: Any) -> dict[str, Any]:
+    return {line.get_label(): line for line in axes.get_lines()}
+
+
+def test_series_is_mean_and_std_over_seeds_by_epoch() -> None:
+    band = series(gather(rows())["tiny"], "ce", "linear/top1", "tgt")
+    assert band.epochs == list(EPOCHS)
+    assert band.seeds == [0, 1]
+    assert band.mean == pytest.approx([epoch + 1.5 + 0.3 for epoch in EPOCHS])  # test, not train
+    assert band.std == pytest.approx([3 / math.sqrt(2)] * 4)
+
+
+def test_epochs_that_a_seed_lacks_are_left_out_of_the_mean() -> None:
+    found = [r for r in rows() if not (r.seed == 1 and r.epoch == 20)]
+    assert series(gather(found)["tiny"], "ce", "mi_xt", "tgt").epochs == [0, 10, 30]
+
+
+def test_the_newest_of_two_rows_counts_and_protocols_stay_apart() -> None:
+    found = rows(("ce",), (0,))
+    again = row("ce", 0, 10, "mi_xt", 55.0, "tgt", "all")
+    other = ResultRow(**{**vars(again), "protocol": "other", "value": -1.0})
+    data = gather([*found, again, other])
+    assert series(data["tiny"], "ce", "mi_xt", "tgt").mean[1] == 55.0
+    assert series(data["other"], "ce", "mi_xt", "tgt").mean == [-1.0]
+    names = [one.name for one in timeline_figures([*found, again, other])]
+    assert "tiny_tradeoff_ce" in names
+    assert len(set(names)) == len(names)
+
+
+def test_tradeoff_has_discriminability_left_transferability_right_and_the_boundary() -> None:
+    left, right = drawn("tradeoff_ctc", rows()).figure.axes
+    assert lines(left)["Recall@1"].get_ydata() == pytest.approx([e + 101.65 for e in EPOCHS])
+    assert lines(left)["NMI × 100"].get_ydata() == pytest.approx(
+        [100 * (e + 101.75) for e in EPOCHS]
+    )
+    assert list(lines(right)) == ["tgt"]
+    assert lines(right)["tgt"].get_ydata() == pytest.approx([e + 101.8 for e in EPOCHS])
+    assert lines(left)["_boundary"].get_xdata() == [20, 20]
+    assert "discriminability" in left.get_ylabel()
+    assert "top-1 (%)" in right.get_ylabel()
+    assert left.get_xlabel() == "epoch"
+    assert "_boundary" not in lines(drawn("tradeoff_ce", rows()).figure.axes[0])
+
+
+def test_information_shows_source_and_target_in_nats() -> None:
+    top, bottom = drawn("information_ce", rows()).figure.axes
+    assert (top.get_ylabel(), bottom.get_ylabel()) == ("I(X;T) (nat)", "I(T;Y) (nat)")
+    assert set(lines(top)) == {"src (source)", "tgt (target)"}
+    assert lines(bottom)["tgt (target)"].get_ydata() == pytest.approx([e + 2.0 for e in EPOCHS])
+
+
+def test_plane_pairs_both_informations_of_an_epoch_and_colours_by_it() -> None:
+    data = gather(rows())["tiny"]
+    assert paths(data, "ce", "tgt") == [
+        (e, pytest.approx(e + 1.9), pytest.approx(e + 2.0)) for e in EPOCHS
+    ]
+    source, target, bar = drawn("plane", rows()).figure.axes
+    assert (source.get_title("left"), target.get_title("left")) == ("src (source)", "tgt (target)")
+    assert bar.get_ylabel() == "epoch"
+    ce, ctc = target.collections
+    assert ce.get_array().tolist() == list(EPOCHS)
+    assert ctc.get_offsets()[0].tolist() == pytest.approx([101.9, 102.0])
+    assert (target.get_xlabel(), target.get_ylabel()) == ("I(X;T) (nat)", "I(T;Y) (nat)")
+
+
+def test_methods_are_compared_with_bands_over_seeds() -> None:
+    figure = drawn("compared", rows()).figure
+    titles = [axes.get_title("left") for axes in figure.axes]
+    assert titles == ["src (source, train)", "tgt", "tgt", "tgt"]
+    probe = figure.axes[1]
+    assert list(lines(probe))[:2] == ["ce", "ctc"]
+    band = probe.collections[0].get_paths()[0].vertices
+    assert band[:, 1].min() == pytest.approx(0 + 1.8 - 3 / math.sqrt(2))
+    assert band[:, 1].max() == pytest.approx(30 + 1.8 + 3 / math.sqrt(2))
+    assert "2" in drawn("compared", rows()).description
+    assert not any(one.name == "compared" for one in timeline_figures(rows(("ce",))))
+
+
+def test_methods_differ_in_colour_and_in_dash_or_marker() -> None:
+    found = lines(drawn("compared", rows()).figure.axes[0])
+    assert to_hex(found["ce"].get_color()) != to_hex(found["ctc"].get_color())
+    assert found["ce"].get_marker() != found["ctc"].get_marker()
+
+
+def test_correlation_takes_every_checkpoint_but_the_untrained() -> None:
+    data = gather(rows())["tiny"]
+    points = scatter(data, "ce", "tgt")
+    assert len(points) == 2 * 3
+    assert min(points) == (pytest.approx(10.4), pytest.approx(10.3))
+    assert "r = 1.00 (n = 12)" in drawn("correlation", rows()).description
+    assert correlation([(0.0, 1.0), (1.0, 0.0), (2.0, -1.0)]) == pytest.approx(-1.0)
+    assert correlation([(0.0, 1.0), (1.0, 0.0)]) is None
+    assert correlation([(1.0, 1.0), (1.0, 2.0), (1.0, 3.0)]) is None
+
+
+def test_figures_fit_one_column_and_are_written_in_both_formats(tmp_path: Path) -> None:
+    found = timeline_figures(rows())
+    assert [one.name for one in found] == [
+        "tradeoff_ce", "tradeoff_ctc", "information_ce", "information_ctc", "plane", "compared",
+        "correlation",
+    ]  # fmt: skip
+    assert all(one.figure.get_figwidth() <= 3.5 for one in found)
+    few = [r for r in rows(("ce",), (0,)) if r.metric in ("recall@1", "linear/top1")]
+    written = save_timeline_figures(few, tmp_path)
+    assert sorted(path.name for path in written) == ["tradeoff_ce.png", "tradeoff_ce.svg"]
+    assert all(path.stat().st_size > 1000 for path in written)
+
+
+def test_no_rows_is_said() -> None:
+    with pytest.raises(InputError, match="no rows of step analysis"):
+        timeline_figures([])

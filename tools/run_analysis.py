@@ -1,0 +1,97 @@
+#!/usr/bin/env python3
+"""Follow a pretraining over its saved epochs: discriminability, transferability, information.
+
+tools/run_analysis.py --run runs/NAME --config analysis/timeline_cifar100.yaml
+tools/run_analysis.py --run runs/ce --run runs/ctc --config … --figures docs/timeline
+tools/run_analysis.py --rows docs/timeline/rows.jsonl --figures docs/timeline    # figures alone
+
+Every number becomes a row of RUN/results.jsonl (step "analysis"). What is done is skipped, so the
+same command goes on after an interruption, and may run beside a training that still writes.
+Exit status: 0 all epochs measured, 1 some were missing or unreadable (they are named), 2 bad input.
+"""
+
+import _checkout  # isort:skip
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, action="append", default=[], help="a run folder")
+    parser.add_argument("--config", help="a file, or a name under configs/")
+    parser.add_argument("--init", default="", help="how rows name the run; default: its method")
+    parser.add_argument("--rows", type=Path, action="append", default=[], help="rows to draw too")
+    parser.add_argument("--figures", type=Path, help="draw PNG and SVG figures into this folder")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and end")
+    parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="changes to the config")
+    return parser.parse_intermixed_args()
+
+
+def main() -> int:
+    arguments = parse()
+    from core.errors import InputError
+
+    if arguments.run and not arguments.config and not arguments.figures:
+        raise InputError(
+            "--run needs --config, for example --config analysis/timeline_cifar100.yaml"
+        )
+    if not arguments.run and not arguments.rows:
+        raise InputError(
+            "give --run RUN_FOLDER (and --config), or --rows FILE with --figures FOLDER"
+        )
+    incomplete = False
+    if arguments.config:
+        for run in arguments.run:
+            incomplete |= walk(run, arguments)
+    if arguments.figures and not arguments.dry_run:
+        draw(arguments)
+    return 1 if incomplete else 0
+
+
+def walk(run: Path, arguments: argparse.Namespace) -> bool:
+    """Measure one run; return whether epochs were missing or unreadable."""
+    from analysis.costs import expected_cost
+    from analysis.timeline import Timeline, TimelineConfig, summary
+    from core.config import find_config, load_config
+    from core.progress import Progress, format_seconds
+
+    name = find_config(arguments.config, "analysis")
+    config = load_config(TimelineConfig, name, arguments.overrides, "analysis")
+    timeline = Timeline(run, config, name.stem, arguments.init)
+    todo = timeline.todo()
+    print("\n".join(summary(timeline, todo)), flush=True)
+    if todo:
+        cost = expected_cost(timeline, todo)
+        parts = {"features": cost.features} | cost.quantities
+        said = ", ".join(f"{key} {format_seconds(value)}" for key, value in parts.items())
+        print(f"expected time {format_seconds(cost.total)} ({said})", flush=True)
+    if todo and not arguments.dry_run:
+        with Progress(len(todo), f"analysis {run.name}") as bar:
+            for rows in timeline.work():
+                last = rows[-1]
+                units = len({row.epoch for row in rows})
+                bar.update(units, epoch=str(last.epoch), **{last.metric: last.value or 0.0})
+        print(f"rows: {run / 'results.jsonl'}")
+    absent = timeline.survey.missing or timeline.survey.unreadable
+    for sentence in timeline.survey.sentences() if absent else ():
+        print(sentence, file=sys.stderr)
+    return bool(absent)
+
+
+def draw(arguments: argparse.Namespace) -> None:
+    """Draw the figures of all runs and rows that were named."""
+    from core.results import read_rows
+    from report.timeline_figures import save_timeline_figures
+
+    files = [*arguments.rows, *(run / "results.jsonl" for run in arguments.run)]
+    rows = [row for file in files for row in read_rows(file)]
+    for path in save_timeline_figures(rows, arguments.figures):
+        print(path)
+
+
+if __name__ == "__main__":
+    _checkout.run(main)
