@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import struct
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,36 +18,44 @@ from core.errors import InputError
 PICKLES = (".pkl", ".pickle")
 
 
-class Inert(dict):
-    """What stands in for a foreign settings object: it takes any state and does nothing."""
-
-    def __new__(cls, *args: Any, **keywords: Any) -> "Inert":
-        return super().__new__(cls)
+class Inert:
+    """What stands in for a foreign settings object: it takes any state and keeps none."""
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
-        super().__init__()
+        pass
 
     def __setstate__(self, state: Any) -> None:
         """Ignore the state."""
 
 
-# Settings that trainers save beside the weights. They are read as empty stand-ins, so that no
-# class of theirs is imported; all else that is no tensor or plain value stays refused.
-_SETTINGS = (
-    "lightning_fabric.utilities.data.AttributeDict",
-    "pytorch_lightning.utilities.parsing.AttributeDict",
-    "pytorch_lightning.utilities.data.AttributeDict",
+class InertDict:
+    """What stands in for a subclass of dict: an ordinary dict comes out of its construction."""
+
+    def __new__(cls, *args: Any, **keywords: Any) -> Any:
+        return collections.OrderedDict()
+
+
+# Settings that trainers save beside the weights. They are read as stand-ins, so that no class of
+# theirs is imported or run; all else that is no tensor or plain value stays refused.
+_OBJECTS = (
     "omegaconf.dictconfig.DictConfig",
     "omegaconf.listconfig.ListConfig",
     "omegaconf.base.ContainerMetadata",
     "omegaconf.base.Metadata",
     "omegaconf.nodes.AnyNode",
     "typing.Any",
+)
+_DICTS = (
+    "lightning_fabric.utilities.data.AttributeDict",
+    "lightning.fabric.utilities.data.AttributeDict",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
     "mmengine.config.config.ConfigDict",
     "addict.addict.Dict",
     "easydict.EasyDict",
     "yacs.config.CfgNode",
     "fvcore.common.config.CfgNode",
+    "detectron2.config.config.CfgNode",
+    "collections.defaultdict",
 )
 _NUMPY: tuple[tuple[Any, str], ...] = (
     (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
@@ -56,7 +65,6 @@ _NUMPY: tuple[tuple[Any, str], ...] = (
     (np.ndarray, "numpy.ndarray"),
     (np.dtype, "numpy.dtype"),
     *((type(np.dtype(kind)), f"numpy.dtypes.{type(np.dtype(kind)).__name__}") for kind in "fdilq?"),
-    (collections.defaultdict, "collections.defaultdict"),
     *((kind, f"builtins.{kind.__name__}") for kind in (dict, list, int, float)),
 )
 
@@ -75,14 +83,20 @@ def read(path: str | Path) -> Any:
         return _read_safetensors(path)
     if path.suffix in PICKLES and not start.startswith(b"PK"):
         return read_pickle(path)
-    with _stand_ins():
-        return load_plain(path)
+    try:
+        with _stand_ins(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle protocol that torch did not write
+            return load_plain(path)
+    except (IndexError, TypeError, AssertionError, MemoryError, RecursionError) as error:
+        raise InputError(f"{path} is damaged or no torch checkpoint: {error}") from None
 
 
 @contextlib.contextmanager
 def _stand_ins() -> Iterator[None]:
     """Let ``weights_only`` reading pass over known settings objects and numpy's numbers."""
-    allowed: list[Any] = [*((Inert, name) for name in _SETTINGS), *_NUMPY]
+    objects = ((Inert, name) for name in _OBJECTS)
+    dicts = ((InertDict, name) for name in _DICTS)
+    allowed: list[Any] = [*objects, *dicts, *_NUMPY]
     with torch.serialization.safe_globals(allowed):
         yield
 

@@ -1,0 +1,640 @@
+"""Files in, files out: safe to read, proved before they are named, nothing left after a refusal.
+
+Shapes: those of a ResNet-18 unless said otherwise.
+"""
+
+import argparse
+import collections
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from convert import d2, names
+from convert.backbone import read_backbone
+from convert.pickles import read_pickle
+from convert.reading import read
+from convert.sources import MSRA, TORCHVISION
+from core.checkpoint import Facts, save_checkpoint
+from core.errors import InputError
+from core.resnet import create_model
+from detection import parity
+
+ROOT = Path(__file__).resolve().parent.parent
+State = dict[str, Tensor]
+BRANCHES = (("conv1", "2a"), ("conv2", "2b"), ("conv3", "2c"), ("shortcut", "1"))
+
+
+def fill(model: nn.Module) -> nn.Module:
+    """Give a network of unset tensors weights whose BatchNorms all do something."""
+    generator = torch.Generator().manual_seed(5)
+    for key, value in model.state_dict().items():
+        if value.dim() == 4:
+            value.normal_(0, math.sqrt(2 / value[:, 0].numel()), generator=generator)
+        elif key.endswith("num_batches_tracked"):
+            value.zero_()
+        elif key.endswith(("running_var", "weight")):
+            value.uniform_(0.5, 1.5, generator=generator)
+        else:
+            value.normal_(0, 0.2, generator=generator)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    with torch.device("meta"):
+        model = torchvision.models.resnet18(num_classes=3)
+    return fill(model.to_empty(device="cpu"))
+
+
+def without_head(state: State) -> State:
+    return {k: v for k, v in state.items() if not k.startswith("fc.") and "num_batches" not in k}
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+class Sentinel:
+    """An object whose unpickling would leave a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+# ---- what is written -------------------------------------------------------------------------
+
+
+def test_the_written_file_is_plain_and_says_where_it_came_from(
+    network: nn.Module, tmp_path: Path
+) -> None:
+    source = tmp_path / "net.pth.tar"
+    torch.save({"state_dict": network.state_dict(), "args": argparse.Namespace(lr=1)}, source)
+    conversion = d2.convert(source, prove=parity.proof)
+    assert conversion.output == tmp_path / "net_d2.pth"
+    assert names_in(tmp_path) == {"net.pth.tar", "net_d2.pth"}
+    written = torch.load(conversion.output, weights_only=True)
+    state = without_head(network.state_dict())
+    assert {names.to_torchvision(key) for key in written["model"]} == set(state)
+    for key, value in written["model"].items():
+        assert torch.equal(value, state[names.to_torchvision(key)])
+    facts = written["facts"]
+    assert (
+        facts["source_sha256"]
+        == subprocess.run(
+            ["sha256sum", str(source)], capture_output=True, text=True, check=True
+        ).stdout.split()[0]
+    )
+    assert (facts["arch"], facts["tensors"], facts["source_format"]) == (
+        "resnet18",
+        100,
+        "torchvision",
+    )
+    assert facts["dropped"] == ["fc.weight", "fc.bias"]
+    assert facts["set_aside"] == ["args"]
+    assert (facts["mean"], facts["std"]) == (list(TORCHVISION.mean), list(TORCHVISION.std))
+    assert d2.load_converted(conversion.output)["facts"] == facts
+    assert d2.is_converted(written)
+    assert not d2.is_converted({"model": written["model"]})
+    assert conversion.output.stat().st_size < 46e6  # no optimiser, no head, no shared storage
+
+
+def test_a_checkpoint_of_ours_hands_its_facts_on(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = create_model("resnet18", 4)
+    state = fill(model.to_empty(device="cpu")).state_dict()
+    facts = Facts("resnet18", 4, "ctc", 7, 3, "shapes", 64, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+    save_checkpoint(tmp_path / "epoch_0007.pth", state, facts)
+    conversion = d2.convert(tmp_path / "epoch_0007.pth", prove=parity.proof)
+    wanted = {"method": "ctc", "epoch": 7, "seed": 3, "dataset": "shapes", "source_format": "own",
+              "mean": [127.5, 102.0, 76.5], "std": [51.0, 63.75, 76.5]}  # fmt: skip
+    assert {key: conversion.facts[key] for key in wanted} == wanted
+    text = "\n".join(d2.summary(conversion.facts))
+    assert "method ctc, epoch 7, seed 3, dataset shapes" in text
+    with pytest.raises(InputError, match="states its own"):
+        read_backbone(tmp_path / "epoch_0007.pth", mean=[0, 0, 0], std=[255, 255, 255])
+
+
+@pytest.mark.parametrize("arch", ["resnet18_cifar", "resnext32_16x4d", "wrn_28_4"])
+def test_our_cifar_networks_are_refused_by_name(arch: str, tmp_path: Path) -> None:
+    state = create_model(arch, 4).state_dict()
+    facts = Facts(arch, 4, "ce", 1, 0, "cifar100", 32, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    save_checkpoint(tmp_path / "c.pth", state, facts)
+    with pytest.raises(InputError, match=rf"c\.pth: {arch} .*CIFAR stem.* cannot hold"):
+        d2.convert(tmp_path / "c.pth", prove=parity.proof)
+    assert names_in(tmp_path) == {"c.pth"}
+
+
+def test_half_precision_and_views_become_plain_float32(network: nn.Module, tmp_path: Path) -> None:
+    """A tensor that is a slice of a large buffer must not drag the buffer into the file."""
+    state = without_head(network.state_dict())
+    large = torch.zeros(4_000_000)
+    large[:64] = state["bn1.weight"]
+    state = {key: value.half() for key, value in state.items()}
+    state["bn1.weight"] = large[:64]
+    torch.save(state, tmp_path / "half.pth")
+    conversion = d2.convert(tmp_path / "half.pth", prove=parity.proof)
+    model = torch.load(conversion.output, weights_only=True)["model"]
+    assert {value.dtype for value in model.values()} == {torch.float32}
+    assert torch.equal(model["stem.conv1.weight"], state["conv1.weight"].float())
+    assert conversion.output.stat().st_size < 46e6
+
+
+def test_own_mean_and_std_reach_the_facts(network: nn.Module, tmp_path: Path) -> None:
+    torch.save(network.state_dict(), tmp_path / "simclr.pth")
+    backbone = read_backbone(tmp_path / "simclr.pth", mean=[0, 0, 0], std=[255, 255, 255])
+    assert (backbone.facts()["mean"], backbone.facts()["std"]) == ([0, 0, 0], [255, 255, 255])
+    for mean, std in [([0.5] * 3, [0.2] * 3), ([0] * 3, None), ([300, 0, 0], [1] * 3)]:
+        with pytest.raises(InputError, match="--mean"):
+            read_backbone(tmp_path / "simclr.pth", mean=mean, std=std)
+
+
+# ---- Caffe2 ----------------------------------------------------------------------------------
+
+
+def caffe2_blobs() -> dict[str, np.ndarray]:
+    """An MSRA-style ResNet-50 as blobs, spelled from detectron2's own module names."""
+    from detectron2.modeling.backbone.resnet import BasicStem, ResNet
+
+    with torch.device("meta"):
+        stages = ResNet.make_default_stages(50, norm="BN", stride_in_1x1=True)
+        shapes = {k: v.shape for k, v in ResNet(BasicStem(norm="BN"), stages).state_dict().items()}
+    random = np.random.default_rng(3)
+    blobs = {}
+    for key, shape in shapes.items():
+        if "running" in key or "num_batches" in key:
+            continue
+        scale = math.sqrt(2 / math.prod(shape[1:])) if len(shape) == 4 else 0.2
+        blob = random.standard_normal(shape, dtype=np.float32) * np.float32(scale)
+        if key.endswith("norm.weight"):
+            blob = blob + np.float32(1)
+        name = key.replace("stem.conv1.norm", "res_conv1_bn").replace("stem.", "")
+        if name.startswith("res") and not name.startswith("res_"):
+            for layer, branch in (
+                ("conv1", "2a"),
+                ("conv2", "2b"),
+                ("conv3", "2c"),
+                ("shortcut", "1"),
+            ):
+                name = name.replace(layer, f"branch{branch}")
+        name = name.replace(".norm.weight", "_bn_s").replace(".norm.bias", "_bn_b")
+        name = name.replace("_bn.weight", "_bn_s").replace("_bn.bias", "_bn_b")
+        blobs[name.replace(".weight", "_w").replace(".", "_")] = blob
+    return blobs
+
+
+def test_a_caffe2_pickle_computes_what_detectron2_makes_of_it(tmp_path: Path) -> None:
+    """Reference: detectron2's own legacy loading of the same pickle into its FrozenBN backbone."""
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.config import get_cfg
+    from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
+    from detectron2.modeling.backbone import build_resnet_backbone
+
+    path = tmp_path / "R-50.pkl"
+    with path.open("wb") as file:
+        pickle.dump({"blobs": {**caffe2_blobs(), "fc1000_b": np.zeros(3, np.float32)}}, file, 2)
+    conversion = d2.convert(path, prove=parity.proof)
+    assert conversion.facts["source_format"] == "caffe2-msra"
+    assert conversion.facts["tensors"] == 265
+    assert (conversion.facts["channel_order"], conversion.facts["std"]) == ("BGR", [1.0, 1.0, 1.0])
+    assert conversion.facts["mean"] == [103.53, 116.28, 123.675]
+    assert conversion.facts["stride_in_1x1"] is True
+
+    cfg = get_cfg()  # its defaults are MSRA's: FrozenBN, stride in the 1×1
+    cfg.MODEL.RESNETS.OUT_FEATURES = list(parity.STAGES)
+    theirs = build_resnet_backbone(cfg, ShapeSpec(channels=3)).eval()
+    DetectionCheckpointer(theirs).load(str(path))
+    for module in theirs.modules():  # its loader writes 1, and 1 + ε is not quite scale·x + bias
+        if isinstance(module, FrozenBatchNorm2d):
+            module.running_var.fill_(1 - module.eps)
+    image = parity.fixed_image().float().flip(1) - torch.tensor(MSRA.mean).reshape(1, 3, 1, 1)
+    with torch.no_grad():
+        reference = theirs(image)
+    ours, matched, expected = parity.detectron2_features(conversion.output)
+    assert matched == expected == 265
+    assert max(parity.compare(reference, ours).values()) < 1e-5
+
+
+def test_a_bias_of_caffe2s_stem_moves_into_the_mean(network: nn.Module, tmp_path: Path) -> None:
+    state = without_head(network.state_dict())
+    blobs: dict[str, Any] = {}
+    for key, value in state.items():
+        if "running" not in key:
+            blobs[_blob(names.to_detectron2(key))] = value.numpy()
+    bias = np.linspace(-1, 1, 64, dtype=np.float32)
+    with (tmp_path / "a.pkl").open("wb") as file:
+        pickle.dump({**blobs, "conv1_b": bias}, file)
+    found = read_backbone(tmp_path / "a.pkl").state
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 255
+    convolution = nn.functional.conv2d(image, state["conv1.weight"], torch.tensor(bias), 2, 3)
+    scale, shift = (state[f"bn1.{k}"].reshape(1, -1, 1, 1) for k in ("weight", "bias"))
+    plain = nn.functional.conv2d(image, found["conv1.weight"], None, 2, 3)
+    norm = (found[f"bn1.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
+    ours = nn.functional.batch_norm(plain, *norm, training=False, eps=1e-5)
+    torch.testing.assert_close(ours, convolution * scale + shift, rtol=1e-5, atol=1e-4)
+
+
+def _blob(name: str) -> str:
+    stem = name.startswith("stem.")
+    name = name.removeprefix("stem.")
+    if not stem:
+        for layer, branch in BRANCHES:
+            name = name.replace(f".{layer}.", f".branch{branch}.")
+    if ".norm." in name:
+        name = ("res_" if stem else "") + name.replace(".norm.weight", "_bn_s")
+        name = name.replace(".norm.bias", "_bn_b")
+    return name.replace(".weight", "_w").replace(".", "_")
+
+
+# ---- safe to read ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["pth", "pkl", "ckpt", "pickle"])
+@pytest.mark.parametrize("writer", ["torch", "torch-legacy", "pickle"])
+def test_code_in_a_file_is_refused_and_never_runs(ending: str, writer: str, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    content = {"state_dict": {"conv1.weight": torch.ones(2)}, "args": Sentinel(ran)}
+    path = tmp_path / f"evil.{ending}"
+    if writer == "pickle":
+        path.write_bytes(pickle.dumps({"conv1_w": np.ones(2), "args": Sentinel(ran)}))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=writer == "torch")
+    with pytest.raises(InputError) as caught:
+        d2.convert(path, prove=parity.proof)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert names_in(tmp_path) == {path.name}
+    assert not ran.exists()
+
+
+def test_the_sentinel_would_have_run(tmp_path: Path) -> None:
+    """Guards the test above: an ordinary reader does run it."""
+    pickle.loads(pickle.dumps(Sentinel(tmp_path / "ran")))
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "reference",
+    ["os.system", "builtins.eval", "builtins.getattr", "numpy.load", "numpy.core.multiarray.dot",
+     "torch.load", "collections.namedtuple", "functools.partial", "codecs.open"],
+)  # fmt: skip
+def test_the_restricted_unpickler_looks_up_nothing_else(reference: str, tmp_path: Path) -> None:
+    module, _, name = reference.rpartition(".")
+    stream = f"c{module}\n{name}\n.".encode()
+    (tmp_path / "a.pkl").write_bytes(stream)
+    with pytest.raises(InputError, match=f"never loaded .{reference}"):
+        read_pickle(tmp_path / "a.pkl")
+
+
+def test_arrays_of_both_pythons_and_numpys_are_read(tmp_path: Path) -> None:
+    array = np.arange(6, dtype=">f4").reshape(2, 3)
+    content = collections.OrderedDict(a=array, b=np.float32(2), c=[1, "x", None, b"y", True])
+    for protocol in range(5):
+        stream = pickle.dumps(content, protocol)
+        for text in (stream, stream.replace(b"numpy._core.", b"numpy.core.")):
+            if protocol == 4 and text is not stream:
+                continue  # frames have lengths that a replacement would break
+            (tmp_path / "a.pkl").write_bytes(text)
+            back = read_pickle(tmp_path / "a.pkl")
+            assert np.array_equal(back["a"], array)
+            assert back["b"] == 2
+            assert back["c"] == content["c"]
+    python2 = (  # {"w": array([-1], "f4")} as Python 2 and numpy 1 wrote it, strings as bytes
+        b"\x80\x02}U\x01wcnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b"
+        b"\x87R(K\x01K\x01\x85cnumpy\ndtype\nU\x02f4K\x00K\x01\x87R(K\x03U\x01<NNN"
+        b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89U\x04\x00\x00\x80\xbftbs."
+    )
+    (tmp_path / "a.pkl").write_bytes(python2)
+    assert read_pickle(tmp_path / "a.pkl")["w"].tolist() == [-1.0]
+
+
+def test_settings_that_trainers_save_are_passed_over(network: nn.Module, tmp_path: Path) -> None:
+    """numpy's numbers and OmegaConf's dicts are read without importing or running their classes."""
+    from omegaconf import OmegaConf
+
+    content = {
+        "state_dict": {f"backbone.{k}": v for k, v in network.state_dict().items()},
+        "pytorch-lightning_version": "2.0",
+        "best": np.float64(0.7),
+        "steps": np.arange(3),
+        "history": collections.defaultdict(list, {"a": [1]}),
+        "hyper_parameters": OmegaConf.create({"a": {"b": [1, 2.5, "c"]}}),
+    }
+    torch.save(content, tmp_path / "solo.ckpt")
+    assert read_backbone(tmp_path / "solo.ckpt").source_format == "solo-learn"
+
+
+def test_a_stand_in_is_empty_whatever_it_is_given(tmp_path: Path) -> None:
+    from omegaconf import OmegaConf
+
+    torch.save({"cfg": OmegaConf.create({"a": 1}), "x": torch.ones(1)}, tmp_path / "a.pth")
+    content = read(tmp_path / "a.pth")
+    assert vars(content["cfg"]) == {}
+    assert type(content["cfg"]).__module__ == "convert.reading"
+    assert content["x"].tolist() == [1]
+
+
+# ---- damaged and unsuited --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def good(network: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("good") / "net.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def damaged(path: Path, good: Path, how: str) -> Path:
+    content = good.read_bytes()
+    if how == "missing":
+        return path
+    if how == "folder":
+        path.mkdir()
+    elif how == "flipped":
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    else:
+        path.write_bytes({"empty": b"", "text": b"not a checkpoint"}.get(how, content[:-1000]))
+    return path
+
+
+@pytest.mark.parametrize("how", ["missing", "folder", "flipped", "empty", "text", "truncated"])
+def test_a_damaged_file_is_refused(good: Path, how: str, tmp_path: Path) -> None:
+    path = damaged(tmp_path / "bad.pth", good, how)
+    before = names_in(tmp_path)
+    with pytest.raises(InputError, match=r"bad\.pth"):
+        d2.convert(path, prove=parity.proof)
+    assert names_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("ending", ["pkl", "safetensors", "pth.tar"])
+@pytest.mark.parametrize("content", [b"", b"PK", b"\x80\x04.", b"garbage" * 9, b"\xff" * 64])
+def test_damage_in_the_other_containers_is_refused(
+    ending: str, content: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / f"bad.{ending}").write_bytes(content)
+    with pytest.raises(InputError, match=r"bad\."):
+        read(tmp_path / f"bad.{ending}")
+
+
+def change(key: str, value: Any) -> Callable[[State], Any]:
+    return lambda state: {**state, key: value(state[key]) if callable(value) else value}
+
+
+def without(start: str) -> Callable[[State], Any]:
+    return lambda state: {k: v for k, v in state.items() if not k.startswith(start)}
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (
+            change("layer2.0.conv1.weight", lambda v: v * torch.nan),
+            "layer2.0.conv1.weight holds NaN",
+        ),
+        (change("bn1.bias", torch.full((64,), torch.inf)), "bn1.bias holds NaN or infinity"),
+        (change("bn1.running_var", torch.full((64,), -1.0)), "a variance cannot be"),
+        (change("bn1.bias", torch.ones(64, dtype=torch.int8)), "not floating point"),
+        (change("bn1.bias", "text"), "is a str, not a tensor"),
+        (change("bn1.bias", torch.ones(63)), "shape 63, but a resnet18 has 64"),
+        (change("conv1.weight", torch.ones(64, 3, 3, 3)), "CIFAR"),
+        (
+            lambda s: {k: v for k, v in s.items() if k != "layer4.1.bn2.bias"},
+            "1 of the 100 tensors",
+        ),
+        (lambda s: {k: v for k, v in s.items() if "layer4" not in k}, "2, 2, 2 basic blocks"),
+        (change("layer1.0.extra.weight", 1), "neither of the backbone"),
+        (lambda s: {"a": 1}, "no known format fits"),
+        (lambda s: [s], "holds a list"),
+    ],
+)
+def test_an_unsuited_checkpoint_is_refused_and_leaves_nothing(
+    network: nn.Module, harm: Callable[[State], Any], reason: str, tmp_path: Path
+) -> None:
+    torch.save(harm(without_head(network.state_dict())), tmp_path / "bad.pth")
+    with pytest.raises(InputError, match=rf"bad\.pth: .*{reason}"):
+        d2.convert(tmp_path / "bad.pth", tmp_path / "new" / "out.pth", prove=parity.proof)
+    assert names_in(tmp_path) == {"bad.pth"}
+
+
+# ---- the output ------------------------------------------------------------------------------
+
+
+def test_a_failed_proof_leaves_no_file_and_the_old_one_as_it_was(
+    good: Path, tmp_path: Path
+) -> None:
+    def refuse(backbone: Any) -> Any:
+        def check(path: Path) -> None:
+            assert path.is_file()  # it is written, but not yet under its name
+            raise InputError("differs")
+
+        return check
+
+    output = tmp_path / "out.pth"
+    with pytest.raises(InputError, match="differs"):
+        d2.convert(good, output, prove=refuse)
+    assert names_in(tmp_path) == set()
+    output.write_bytes(b"old")
+    with pytest.raises(InputError, match="differs"):
+        d2.convert(good, output, overwrite=True, prove=refuse)
+    assert output.read_bytes() == b"old"
+    assert names_in(tmp_path) == {"out.pth"}
+
+
+def test_an_output_of_another_source_is_not_overwritten(good: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.pth"
+    d2.convert(good, output)
+    first = output.stat().st_mtime_ns
+    assert d2.convert(good, output).output == output  # the same source: done again
+    assert output.stat().st_mtime_ns > first
+    content = torch.load(good, weights_only=True)
+    torch.save({"model": content}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match=r"out\.pth exists and was not made from .*--overwrite"):
+        d2.convert(tmp_path / "other.pth", output)
+    d2.convert(tmp_path / "other.pth", output, overwrite=True)
+    assert d2.load_converted(output)["facts"]["source_path"].endswith("other.pth")
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [("net.pth", "the source itself"), ("net_d2.pkl", r"not end in \.pth"), (".", "is a folder")],
+)
+def test_an_unsuited_output_is_refused(good: Path, output: str, reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        d2.convert(good, good.parent / output)
+    assert names_in(good.parent) == {"net.pth"}
+
+
+@pytest.mark.parametrize(
+    ("source", "output"),
+    [("a/ckpt.pth", "a/ckpt_d2.pth"), ("b.pth.tar", "b_d2.pth"), ("R-50.pkl", "R-50_d2.pth"),
+     ("x.safetensors", "x_d2.pth"), ("epoch=3.ckpt", "epoch=3_d2.pth"), ("n", "n_d2.pth"),
+     ("timm:resnet18.a1_in1k", "timm_resnet18.a1_in1k_d2.pth")],
+)  # fmt: skip
+def test_the_default_output_lies_beside_the_source(source: str, output: str) -> None:
+    assert d2.default_output(source) == Path(output)
+
+
+def harm_facts(content: Any) -> None:
+    del content["facts"]["std"]
+
+
+def harm_model(content: Any) -> None:
+    del content["model"]["res2.0.conv1.weight"]
+
+
+def harm_author(content: Any) -> None:
+    content["__author__"] = "someone"
+
+
+@pytest.mark.parametrize("harm", [harm_facts, harm_model, harm_author])
+def test_a_converted_file_is_checked_when_it_is_loaded(
+    good: Path, harm: Callable[[Any], None], tmp_path: Path
+) -> None:
+    output = d2.convert(good, tmp_path / "out.pth").output
+    content = d2.load_converted(output)
+    harm(content)
+    torch.save(content, output)
+    with pytest.raises(InputError, match=r"out\.pth"):
+        d2.load_converted(output)
+
+
+# ---- the way back ----------------------------------------------------------------------------
+
+
+def test_there_and_back_gives_the_same_tensors(
+    good: Path, network: nn.Module, tmp_path: Path
+) -> None:
+    there = d2.convert(good, tmp_path / "net_d2.pth").output
+    back = d2.convert(there, to="torchvision", prove=parity.proof_of_way_back)
+    assert back.output == tmp_path / "net_torchvision.pth"
+    state = torch.load(back.output, weights_only=True)["model"]
+    for key, value in without_head(network.state_dict()).items():
+        assert torch.equal(state.pop(key), value)
+    assert not state
+    fresh = torchvision.models.resnet18()
+    content = torch.load(back.output, weights_only=True)["model"]
+    assert set(fresh.load_state_dict(content, strict=False).missing_keys) >= {"fc.weight"}
+    again = d2.convert(back.output, tmp_path / "again.pth").facts
+    assert (again["source_format"], again["mean"]) == ("converted", list(TORCHVISION.mean))
+
+
+def test_the_way_back_turns_bgr_into_rgb(network: nn.Module, tmp_path: Path) -> None:
+    state = without_head(network.state_dict())
+    model = {names.to_detectron2(key): value for key, value in state.items()}
+    torch.save({"model": model, "__author__": "Caffe2"}, tmp_path / "bgr.pth")
+    back = d2.convert(tmp_path / "bgr.pth", to="torchvision", prove=parity.proof_of_way_back)
+    written = torch.load(back.output, weights_only=True)
+    assert written["facts"]["mean"] == [123.675, 116.28, 103.53]
+    assert written["facts"]["channel_order"] == "RGB"
+    assert torch.equal(written["model"]["conv1.weight"], state["conv1.weight"].flip(1))
+
+
+def test_a_stride_in_the_1x1_has_no_way_back(tmp_path: Path) -> None:
+    with (tmp_path / "R-50.pkl").open("wb") as file:
+        pickle.dump(caffe2_blobs(), file)
+    with pytest.raises(InputError, match="stride in the 3×3"):
+        d2.convert(tmp_path / "R-50.pkl", to="torchvision")
+
+
+# ---- libraries' weights, and the other containers --------------------------------------------
+
+
+def test_safetensors_are_read(network: nn.Module, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(network.state_dict(), tmp_path / "net.safetensors")
+    backbone = read_backbone(tmp_path / "net.safetensors")
+    assert torch.equal(backbone.state["conv1.weight"], network.state_dict()["conv1.weight"])
+
+
+def test_weights_of_timm_on_the_machine_are_found(
+    network: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import save_file
+
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--timm--resnet18.mine" / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    save_file(network.state_dict(), folder / "model.safetensors")
+    settings = {"pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    backbone = read_backbone("timm:resnet18")
+    assert backbone.convention.mean == (127.5, 127.5, 127.5)
+    assert (backbone.source_path, backbone.source_format) == ("timm:resnet18.mine", "timm")
+    with pytest.raises(InputError, match=r"timm:resnet50 are not on this machine.*downloaded"):
+        read_backbone("timm:resnet50")
+    other = tmp_path / "models--timm--resnet18.other" / "snapshots" / "abc"
+    other.mkdir(parents=True)
+    (other / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(InputError, match=r"timm:resnet18\.mine or timm:resnet18\.other"):
+        read_backbone("timm:resnet18")
+
+
+def test_weights_of_torchvision_on_the_machine_are_found(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    url = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    with pytest.raises(InputError, match=r"torchvision:resnet18 are not on this machine"):
+        read_backbone("torchvision:resnet18")
+    (folder / url.rsplit("/", 1)[-1]).symlink_to(good)
+    backbone = read_backbone("torchvision:resnet18")
+    assert backbone.source_path == "torchvision:resnet18.IMAGENET1K_V1"
+    assert backbone.convention.mean == pytest.approx(TORCHVISION.mean)
+    with pytest.raises(InputError, match="no model 'resnet19'"):
+        read_backbone("torchvision:resnet19")
+    with pytest.raises(InputError, match="no weights 'V9'"):
+        read_backbone("torchvision:resnet18.V9")
+
+
+# ---- the tool --------------------------------------------------------------------------------
+
+
+def tool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / "convert_to_d2.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd="/")
+
+
+def test_the_tool_converts_proves_and_reports(good: Path, tmp_path: Path) -> None:
+    result = tool(good, "--output", tmp_path / "out_d2.pth")
+    assert result.returncode == 0, result.stderr
+    for text in ("torchvision", "resnet18", "100 of 100", "res5", "fc.* (2)", "123.675", "3×3"):
+        assert text in result.stdout
+    assert zipfile.is_zipfile(tmp_path / "out_d2.pth")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [(["nowhere.pth"], "nowhere.pth does not exist"), ([], "no checkpoint"), (["--bad"], "--bad")],
+)
+def test_the_tool_answers_bad_input_in_one_sentence(arguments: list[str], reason: str) -> None:
+    result = tool(*arguments)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert reason in result.stderr
+
+
+def test_the_list_of_formats_is_the_table() -> None:
+    from convert.sources import SOURCES
+
+    lines = tool("--list-formats").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == [source.name for source in SOURCES]
