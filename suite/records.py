@@ -54,7 +54,7 @@ class Record:
     recipe: dict[str, Any]
     source: str  # sha256 of the input file, "" for none
     command: list[str]
-    product: str = ""  # path of the checkpoint it made; "" for rows
+    product: str = ""  # the checkpoint it made, seen from its output; "" for none or rows
     product_hash: str = ""
     rows: list[list[str]] = dataclasses.field(default_factory=list)  # distinct [config, weights]
     seconds: float = 0.0  # all attempts together
@@ -69,12 +69,8 @@ class Records:
 
     def read(self, job: Job) -> Record | None:
         """Return the job's record, None where there is none or it is damaged."""
-        return self.read_named(job.name)
-
-    def read_named(self, name: str) -> Record | None:
-        """Return the record of the job of that name, None where there is none."""
         try:
-            content = json.loads(self._path(name).read_text(encoding="utf-8"))
+            content = json.loads(self._path(job.name).read_text(encoding="utf-8"))
             return Record(**content)
         except (OSError, ValueError, TypeError):
             return None
@@ -172,8 +168,17 @@ def finished(job: Job, record: Record) -> str:
     product = newest_checkpoint(job.output) if job.kind == "pretrain" else job.output
     if product is None or not product.is_file():
         return f"it left no checkpoint in {job.output}"
-    record.product, record.product_hash = str(product), sha256_of(product)
+    record.product = str(product.relative_to(job.output))
+    record.product_hash = sha256_of(product)
     return ""
+
+
+def product_of(job: Job, record: Record | None) -> Path | None:
+    """Return the file that a job has made, None where it has made none or it is gone."""
+    if record is None or not record.product:
+        return None
+    product = job.output / record.product
+    return product if product.is_file() else None
 
 
 def _missing_product(job: Job, record: Record) -> str:
@@ -182,9 +187,9 @@ def _missing_product(job: Job, record: Record) -> str:
         there = {(row.config, row.weights) for row in _rows(job)}
         complete = bool(there) and {tuple(pair) for pair in record.rows} <= there
         return "" if complete else "its result rows are gone"
-    product = Path(record.product)
-    if not product.is_file():
-        return f"{product.name} is gone"
+    product = product_of(job, record)
+    if product is None:
+        return f"{record.product} is gone" if record.product != "." else "its file is gone"
     return "" if sha256_of(product) == record.product_hash else f"{product.name} has changed"
 
 

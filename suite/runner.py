@@ -18,7 +18,7 @@ from core.config import ROOT, InputError, save_config
 from core.results import sha256_of
 from suite.child import run_child
 from suite.plan import Job, Plan, check_weights, command
-from suite.records import Record, Records, State, Verdict, finished, judge, make_room
+from suite.records import Record, Records, State, Verdict, finished, judge, make_room, product_of
 
 Say = Callable[[str], None]
 
@@ -96,7 +96,7 @@ def run_plan(plan: Plan, say: Say = print, tools: Path = ROOT / "tools") -> Outc
                 outcome.blocked[job.name] = f"{job.needs} has failed"
                 say(f"{head}: not run, for {job.needs} has failed")
                 continue
-            source = source_of(job, records)
+            source = source_of(plan, job, records)
             verdict = judge(job, records.read(job), source)
             if verdict.state is State.DONE:
                 outcome.done.append(job.name)
@@ -121,7 +121,7 @@ def verdicts(plan: Plan) -> Iterator[tuple[Job, Verdict, Path | None]]:
     records = Records(plan.root)
     done: set[str] = set()
     for job in plan.jobs:
-        source = source_of(job, records) if not job.needs or job.needs in done else None
+        source = source_of(plan, job, records) if not job.needs or job.needs in done else None
         verdict = judge(job, records.read(job), source)
         if job.needs and job.needs not in done and verdict.state is not State.RERUN:
             verdict = Verdict(State.RUN)
@@ -150,15 +150,14 @@ def dry_run(plan: Plan, say: Say = print) -> None:
     say(f"{_count(len(waiting), 'step')} to run, expected time {clock.eta(waiting)}")
 
 
-def source_of(job: Job, records: Records) -> Path | None:
+def source_of(plan: Plan, job: Job, records: Records) -> Path | None:
     """Return a job's input: the given weights, or the product of what it needs."""
     if job.weights is not None:
         return job.weights if job.weights.is_file() else None
     if not job.needs:
         return None
-    record = records.read_named(job.needs)
-    product = Path(record.product) if record and record.product else None
-    return product if product is not None and product.is_file() else None
+    needed = plan.job(job.needs)
+    return product_of(needed, records.read(needed))
 
 
 def describe(job: Job) -> str:

@@ -4,10 +4,12 @@ The stand-ins obey the real command lines, keep a diary of their calls, and fail
 long on request (files named ``fail-<output>`` and the like beside the diary).
 """
 
+import csv
 import dataclasses
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import pytest
 from core.config import ROOT, InputError, load_config
 from core.results import ResultRow
 from report.runs import read_run
+from suite import rebuild
 from suite.benchmark import Request, benchmark
 from suite.child import run_child
 from suite.plan import command, make_plan, select
@@ -174,6 +177,14 @@ def test_what_is_done_is_skipped(bench: Bench, capfd):
     assert bench.calls() == []
     assert capfd.readouterr().out.count("done already") == 6
     assert (bench.root / "table.md").read_text() == table
+
+
+def test_a_suite_that_was_moved_is_still_done(bench: Bench):
+    bench.run()
+    bench.calls()
+    bench.root = bench.root.rename(bench.folder / "elsewhere")
+    assert bench.run() == 0
+    assert bench.calls() == []
 
 
 def test_a_changed_recipe_is_named_and_only_what_depends_on_it_runs_again(bench: Bench, capfd):
@@ -397,6 +408,24 @@ def test_several_gpus_reach_both_tools(bench: Bench):
     detect = command(plan.job("quick/ce-s1"), "w.pth", True, 4)
     assert detect[detect.index("--num-gpus") + 1] == "4"
     assert "--resume" in detect
+
+
+def test_the_report_is_rebuilt_from_rows_alone(bench: Bench, capsys):
+    bench.run()
+    table = (bench.root / "table.md").read_text()
+    shutil.copytree(bench.root / "quick", bench.folder / "laptop/quick")
+    shutil.copy(bench.root / "suite.yaml", bench.folder / "laptop")
+    for name in ("laptop", "runs"):
+        asked = rebuild.Request([str(bench.folder / name)], output=str(bench.folder / "again"))
+        rebuild.rebuild(asked)
+        assert (bench.folder / "again/table.md").read_text() == table
+    asked = rebuild.Request([str(bench.root)], baseline="random", columns="bbox/AP", format="csv")
+    capsys.readouterr()
+    rebuild.rebuild(asked)
+    lines = list(csv.DictReader(capsys.readouterr().out.splitlines()[:3]))
+    assert [line["delta"] for line in lines] == ["", "-4.0"]  # the stand-ins count letters
+    with pytest.raises(InputError, match="no result rows"):
+        rebuild.rebuild(rebuild.Request([str(bench.root / "pretrain")]))
 
 
 def test_transfers_read_the_weights_unconverted_and_get_their_seed_as_a_key(bench: Bench):

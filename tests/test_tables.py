@@ -177,6 +177,7 @@ def test_latex_escapes_every_special_character():
     assert not re.search(r"(?<!\\)[&%#_]", text)
     assert r"\textbackslash{}cmd" in text
     assert r"\textasciitilde{}z" in text
+    assert latex_text("[2pt]") == "{[}2pt{]}"  # after a line end it would be read as a length
 
 
 def test_latex_table_is_balanced_and_compiles(tmp_path):
