@@ -1,18 +1,19 @@
 """Pictures from integers: silhouettes, textures, light and clutter, the same on every machine.
 
-All geometry is fixed-point and all randomness ``core.seeds``; OpenCV only fills polygons given in
-integers. A scene is drawn on a canvas of FINE pixels per pixel and side, and reduced at the end,
-which smooths its edges. H×W are fine pixels.
+All geometry is fixed-point and all randomness ``core.seeds``; of OpenCV only what it computes
+bit-exactly is used (test_shapes.py holds a digest). A scene is drawn on a canvas of FINE pixels
+per pixel and side, and reduced at the end, which smooths its edges. H×W are fine pixels.
 """
 
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-from core.seeds import mixed_array
+from core.seeds import Dice
 
 FINE = 2  # fine pixels per pixel and side
 UNIT = 1024  # silhouettes lie within ±UNIT
@@ -32,35 +33,6 @@ PALETTE = (  # RGB; bright, dark, warm and cold in turn
 )  # fmt: skip
 
 
-class Dice:
-    """Random integers from (seed, …): the same on every machine and every numpy."""
-
-    def __init__(self, *seed: int) -> None:
-        self.seed, self.block, self.left = seed, 0, list[int]()
-
-    def below(self, n: int) -> int:
-        """Return an integer in 0..n-1."""
-        if not self.left:
-            words = mixed_array((*self.seed, self.block), np.arange(128))
-            self.left = (words >> np.uint64(32)).tolist()
-            self.block += 1
-        return (self.left.pop() * n) >> 32
-
-    def between(self, low: int, high: int) -> int:
-        """Return an integer in low..high, both included."""
-        return low + self.below(high - low + 1)
-
-    def chance(self, percent: int) -> bool:
-        """Return true so many times in a hundred."""
-        return self.below(100) < percent
-
-    def noise(self, *shape: int) -> np.ndarray:
-        """Return uint8 noise of a shape, uniform in 0..255."""
-        count = math.prod(shape)
-        words = mixed_array((*self.seed, -1), np.arange((count + 7) // 8))
-        return words.astype("<u8").view(np.uint8)[:count].reshape(shape)
-
-
 @dataclasses.dataclass(frozen=True)
 class Canvas:
     """What is seen, and whose each fine pixel is."""
@@ -68,21 +40,39 @@ class Canvas:
     pixels: np.ndarray  # H×W×3 uint8 RGB
     owner: np.ndarray | None = None  # H×W int16: the number of the object seen there, 0 for none
 
-    def fill(self, polygon: np.ndarray, ink: Sequence[int], number: int = 0) -> None:
-        """Fill a polygon (n×2, 2^-SUB fine pixels)."""
-        for image, value in self._layers(ink, number):
-            cv2.fillPoly(image, [polygon], value, cv2.LINE_8, SUB)
+    def fill(self, patch: "Patch", ink: Sequence[int] | np.ndarray, number: int = 0) -> None:
+        """Colour a patch with one RGB colour or h×w×3 of them; ``number`` then owns its pixels."""
+        mask, rows, columns = patch
+        np.copyto(self.pixels[rows, columns], np.asarray(ink, np.uint8), where=mask[:, :, None])
+        if self.owner is not None:
+            self.owner[rows, columns][mask] = number
 
-    def stroke(
-        self, line: np.ndarray, closed: bool, ink: Sequence[int], width: int, number: int = 0
-    ) -> None:
-        """Draw a line through points (n×2, 2^-SUB fine pixels), ``width`` fine pixels wide."""
-        for image, value in self._layers(ink, number):
-            cv2.polylines(image, [line], closed, value, width, cv2.LINE_8, SUB)
+    def patch(self, polygon: np.ndarray) -> "Patch":
+        """Return the part of the canvas inside a polygon."""
+        return filled(polygon, *self.pixels.shape[:2])
 
-    def _layers(self, ink: Sequence[int], number: int) -> list[tuple[np.ndarray, Sequence[int]]]:
-        layers: list[tuple[np.ndarray, Sequence[int]]] = [(self.pixels, ink)]
-        return layers if self.owner is None else [*layers, (self.owner, [number])]
+    def border(self, patch: "Patch", width: int) -> "Patch":
+        """Return a patch's pixels within ``width`` of its outside, beyond the canvas apart."""
+        (height, length), (inner, rows, columns) = self.pixels.shape[:2], patch
+        for _ in range(width if inner.size else 0):
+            framed = np.zeros((inner.shape[0] + 2, inner.shape[1] + 2), bool)
+            framed[1:-1, 1:-1] = inner
+            for edges, first, last in (
+                (framed, rows.start == 0, rows.stop == height),
+                (framed.T, columns.start == 0, columns.stop == length),
+            ):
+                edges[0], edges[-1] = edges[1] & first, edges[-2] & last
+            inner = inner & framed[:-2, 1:-1] & framed[2:, 1:-1]
+            inner &= framed[1:-1, :-2] & framed[1:-1, 2:]
+        return patch._replace(mask=patch.mask & ~inner)
+
+
+class Patch(NamedTuple):
+    """Some fine pixels of a canvas: a mask within a window."""
+
+    mask: np.ndarray  # h×w bool
+    rows: slice
+    columns: slice
 
 
 def sine(angle: int) -> int:
@@ -120,17 +110,41 @@ def place(
     return (turned + (np.array(centre) << SUB)).astype(np.int32)
 
 
-def filled(polygon: np.ndarray, height: int, width: int) -> tuple[np.ndarray, slice, slice]:
-    """Return (mask h×w bool, rows, columns): a polygon's fine pixels within its bounding box."""
-    low = np.maximum((polygon.min(0) >> SUB) - 1, 0)
-    high = np.minimum((polygon.max(0) >> SUB) + 2, (width, height))
-    w, h = (int(v) for v in np.maximum(high - low, 0))
+def filled(polygon: np.ndarray, height: int, width: int) -> Patch:
+    """Return the fine pixels whose centres lie in a polygon, by the even-odd rule.
+
+    Not ``cv2.fillPoly``: its rounding changed between OpenCV 4.9 and 5.0.
+
+    Args:
+        polygon: n×2 integers, 2^-SUB fine pixels; pixel (x, y) has its centre at (x, y).
+        height, width: of the canvas, fine pixels.
+    """
+    low = np.maximum(polygon.min(0) >> SUB, 0)
+    high = np.minimum((polygon.max(0) >> SUB) + 1, (width, height))
+    w, h = (int(extent) for extent in np.maximum(high - low, 0))
     x, y = int(low[0]), int(low[1])
-    mask = np.zeros((h, w), np.uint8)
-    if h and w:
-        local = (polygon - (low << SUB)).astype(np.int32)
-        cv2.fillPoly(mask, [local], 1, cv2.LINE_8, SUB)
-    return mask.astype(bool), slice(y, y + h), slice(x, x + w)
+    start = polygon.astype(np.int64) - (low << SUB)
+    end = np.concatenate([start[1:], start[:1]])
+    down = (start[:, 1] <= end[:, 1])[:, None]
+    (x0, y0), (x1, y1) = np.where(down, start, end).T, np.where(down, end, start).T
+    row = np.arange(h)[:, None]  # h×1, against n edges
+    crossed = (y0 <= row << SUB) & (row << SUB < y1)  # h×n
+    rise = np.maximum(y1 - y0, 1)
+    column = -((-(x0 * rise + ((row << SUB) - y0) * (x1 - x0))) // (rise << SUB))
+    cell = np.clip(column, 0, w) + row * (w + 1)  # the first pixel right of the edge
+    crossings = np.bincount(cell[crossed], minlength=h * (w + 1)).astype(np.uint8)
+    mask = np.cumsum(crossings.reshape(h, w + 1)[:, :w], axis=1, dtype=np.uint8) & 1
+    return Patch(mask.astype(bool), slice(y, y + h), slice(x, x + w))
+
+
+def bar(start: Sequence[int], end: Sequence[int], width: int) -> np.ndarray:
+    """Return the rectangle, 4×2, around a line between two points; ``width`` in fine pixels."""
+    dx, dy = end[0] - start[0], end[1] - start[1]
+    length = max(math.isqrt(dx * dx + dy * dy), 1)
+    half = width << SUB >> 1
+    ox, oy = -dy * half // length, dx * half // length
+    corners = [(start[0] + ox, start[1] + oy), (end[0] + ox, end[1] + oy)]
+    return np.array([*corners, (end[0] - ox, end[1] - oy), (start[0] - ox, start[1] - oy)])
 
 
 def texture(
@@ -145,11 +159,11 @@ def texture(
         return np.zeros((height, width), np.uint8)
     x = np.arange(columns.start, columns.stop, dtype=np.int32) - centre[0]
     y = np.arange(rows.start, rows.stop, dtype=np.int32)[:, None] - centre[1]
-    c, s = cosine(angle) >> 8, sine(angle) >> 8  # 6 bits
-    u, width16 = (x * c + y * s) >> 2, period << 4  # 1/16 fine pixels
+    c, s = cosine(angle), sine(angle)
+    u, width16 = (x * c + y * s) >> (_ONE - 4), period << 4  # 1/16 fine pixels
     if name == "striped":
         return ((u // width16) & 1).astype(np.uint8)
-    v = (y * c - x * s) >> 2
+    v = (y * c - x * s) >> (_ONE - 4)
     if name == "checked":
         return (((u // width16) + (v // width16)) & 1).astype(np.uint8)
     if name != "dotted":
@@ -206,22 +220,20 @@ def paint(
         radius: of the polygon, in fine pixels; patterns and shadows scale with it.
         number: of the object, for ``canvas.owner``.
     """
-    height, width = canvas.pixels.shape[:2]
-    mask, rows, columns = filled(polygon, height, width)
-    if not mask.size:
+    patch = canvas.patch(polygon)
+    if not patch.mask.size:
         return
     if dice.chance(60):
-        _shadow(canvas.pixels, polygon, dice, radius)
+        _shadow(canvas, polygon, dice, radius)
+    _, rows, columns = patch
     centre = (columns.start + dice.below(8), rows.start + dice.below(8))
     period = max(radius * dice.between(20, 34) // 100, 2 * FINE)
     spots = texture(pattern, rows, columns, centre, dice.below(TURN), period)
     index = light(rows, columns, dice.below(TURN), radius) + spots * np.uint8(LEVELS)
     ramps = _ramps(colours)
-    np.copyto(canvas.pixels[rows, columns], ramps[index], where=mask[:, :, None])
-    if canvas.owner is not None:
-        canvas.owner[rows, columns][mask] = number
+    canvas.fill(patch, ramps[index], number)
     if dice.chance(35):
-        canvas.stroke(polygon, True, (ramps[LEVELS // 2] >> 1).tolist(), FINE, number)
+        canvas.fill(canvas.border(patch, FINE), ramps[LEVELS // 2] >> 1, number)
 
 
 def background(dice: Dice, height: int, width: int) -> np.ndarray:
@@ -247,11 +259,12 @@ def clutter(canvas: Canvas, dice: Dice, at: tuple[int, int], radius: int) -> Non
     radii = [UNIT * dice.between(35, 100) // 100 for _ in range(dice.between(3, 5))]
     shard = place(radial(radii), at, radius, dice.between(10, 24), dice.below(TURN))
     if kind == 0:
-        canvas.fill(shard, ink)
+        canvas.fill(canvas.patch(shard), ink)
     elif kind == 1:
-        canvas.stroke(shard[:2], False, ink, max(radius // 5, 1))
+        line = bar(shard[0].tolist(), shard[1].tolist(), max(radius // 5, FINE))
+        canvas.fill(canvas.patch(line), ink)
     elif kind == 2:
-        canvas.stroke(shard, True, ink, max(radius // 8, 1))
+        canvas.fill(canvas.border(canvas.patch(shard), max(radius // 8, 2)), ink)
     else:
         paint(canvas, shard, TEXTURES[dice.below(4)], colour_pair(dice), dice, radius)
 
@@ -275,9 +288,8 @@ def _ramps(colours: np.ndarray) -> np.ndarray:
     return np.minimum(ramps, 255).astype(np.uint8).reshape(-1, 3)
 
 
-def _shadow(pixels: np.ndarray, polygon: np.ndarray, dice: Dice, radius: int) -> None:
+def _shadow(canvas: Canvas, polygon: np.ndarray, dice: Dice, radius: int) -> None:
     shift = np.array([dice.between(-radius, radius), dice.between(-radius, radius)])
-    moved = (polygon + ((shift << SUB) // 5)).astype(np.int32)
-    mask, rows, columns = filled(moved, *pixels.shape[:2])
-    window = pixels[rows, columns]
+    mask, rows, columns = canvas.patch(polygon + ((shift << SUB) // 5))
+    window = canvas.pixels[rows, columns]
     np.copyto(window, (window >> 1) + (window >> 3), where=mask[:, :, None])

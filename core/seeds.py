@@ -1,6 +1,7 @@
 """Seeds and orders from integer arithmetic alone: the same on every machine, worker and version."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -51,3 +52,32 @@ def torch_seeded(*numbers: int) -> Iterator[None]:
         yield
     finally:
         generator.set_state(before)
+
+
+class Dice:
+    """Random integers from (seed, …): the same on every machine and every numpy."""
+
+    def __init__(self, *seed: int) -> None:
+        self.seed, self.block, self.left = seed, 0, list[int]()
+
+    def below(self, n: int) -> int:
+        """Return an integer in 0..n-1."""
+        if not self.left:
+            words = mixed_array((*self.seed, self.block), np.arange(128))
+            self.left = (words >> np.uint64(32)).tolist()
+            self.block += 1
+        return (self.left.pop() * n) >> 32
+
+    def between(self, low: int, high: int) -> int:
+        """Return an integer in low..high, both included."""
+        return low + self.below(high - low + 1)
+
+    def chance(self, percent: int) -> bool:
+        """Return true so many times in a hundred."""
+        return self.below(100) < percent
+
+    def noise(self, *shape: int) -> np.ndarray:
+        """Return uint8 noise of a shape, uniform in 0..255."""
+        count = math.prod(shape)
+        words = mixed_array((*self.seed, -1), np.arange((count + 7) // 8))
+        return words.astype("<u8").view(np.uint8)[:count].reshape(shape)

@@ -10,8 +10,8 @@ import functools
 import numpy as np
 
 from core import drawing
-from core.drawing import FINE, TEXTURES, TURN, UNIT, Canvas, Dice
-from core.seeds import shuffled
+from core.drawing import FINE, TEXTURES, TURN, UNIT, Canvas
+from core.seeds import Dice, shuffled
 from core.shapes_coco import CLASSES as DETECTION_CLASSES
 from core.shapes_coco import CocoFiles as CocoFiles
 from core.shapes_coco import write_coco as write_coco

@@ -18,8 +18,10 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from core import drawing
-from core.drawing import FINE, TEXTURES, TURN, UNIT, Canvas, Dice
+from core.drawing import FINE, TEXTURES, TURN, UNIT, Canvas
 from core.errors import InputError
+from core.outlines import outlines, run_lengths
+from core.seeds import Dice
 
 IMAGE_SIZE = 160  # pixels
 VERSION = 1  # raise it when pictures change: files of another version are not reused
@@ -133,10 +135,10 @@ def annotations(owner: np.ndarray, objects: list[dict[str, Any]]) -> list[dict[s
         if mask.sum() < SMALLEST * FINE * FINE:
             continue
         if thing["crowd"]:
-            segmentation: Any = {"size": [size, size], "counts": _run_lengths(_reduced(mask))}
+            segmentation: Any = {"size": [size, size], "counts": run_lengths(_reduced(mask))}
             rle = coco_mask.frPyObjects(segmentation, size, size)
         else:
-            segmentation = outlines(mask)
+            segmentation = outlines(mask, FINE)
             rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, size, size))
         area = int(coco_mask.area(rle))
         if area >= SMALLEST:
@@ -152,57 +154,11 @@ def annotations(owner: np.ndarray, objects: list[dict[str, Any]]) -> list[dict[s
     return found
 
 
-def outlines(mask: np.ndarray) -> list[list[float]]:
-    """Return polygons [x, y, x, y, …] in pixels along the edges of a fine mask, H×W bool.
-
-    Polygons have no holes, so a mask with a hole is cut in two through it, and the halves abut.
-    Corners lie on the borders between fine pixels, simplified by at most half a pixel.
-    """
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
-        return []
-    top, left = int(rows[0]), int(columns[0])
-    mask = mask[top : rows[-1] + 1, left : columns[-1] + 1]
-    # nodes 2k are the borders of fine pixels and nodes 2k + 1 their centres
-    nodes = np.zeros((2 * mask.shape[0] + 1, 2 * mask.shape[1] + 1), np.uint8)
-    for dy in range(3):
-        for dx in range(3):
-            nodes[dy : dy + 2 * mask.shape[0] : 2, dx : dx + 2 * mask.shape[1] : 2] |= mask
-    contours, tree = cv2.findContours(nodes, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    polygons = []
-    for contour, (_, _, _, parent) in zip(contours, tree[0]):
-        if parent >= 0:
-            if cv2.contourArea(contour) < 4 * SMALLEST:
-                continue  # a speck: left inside the polygon
-            cut = int(contour[:, 0, 0].min() + contour[:, 0, 0].max()) // 4
-            parts = [np.where(np.arange(mask.shape[1]) < cut, mask, False)]
-            parts.append(mask & ~parts[0])
-            return [_moved(p, left, top) for part in parts for p in outlines(part)]
-        corners = cv2.approxPolyDP(contour, 2, True)[:, 0]
-        if len(corners) >= 3 and cv2.contourArea(contour) >= 4 * FINE * FINE * 2:
-            polygons.append((corners / (2 * FINE)).ravel().tolist())
-    return [_moved(polygon, left, top) for polygon in polygons]
-
-
-def _moved(polygon: list[float], left: int, top: int) -> list[float]:
-    shift = (left / FINE, top / FINE)
-    return [value + shift[k % 2] for k, value in enumerate(polygon)]
-
-
 def _reduced(mask: np.ndarray) -> np.ndarray:
     """H×W fine -> S×S pixels: those that are at least half covered."""
     size = mask.shape[0] // FINE
     covered = mask.reshape(size, FINE, size, FINE).sum((1, 3))
     return covered * 2 >= FINE * FINE
-
-
-def _run_lengths(mask: np.ndarray) -> list[int]:
-    """COCO's uncompressed RLE: run lengths down the columns, the first one of zeros."""
-    flat = np.concatenate([[False], mask.ravel(order="F"), [False]])
-    edges = np.flatnonzero(flat[1:] != flat[:-1])
-    ends = np.concatenate([[0], edges, [mask.size]])
-    runs = np.diff(ends).tolist()
-    return runs if runs[-1] else runs[:-1]
 
 
 def _object(canvas: Canvas, dice: Dice, number: int) -> dict[str, Any] | None:
@@ -251,7 +207,7 @@ def _leaves_others_in_sight(canvas: Canvas, polygon: np.ndarray) -> bool:
     """Whether each object keeps SEEN percent of what is now seen of it under a new polygon."""
     owner = canvas.owner
     assert owner is not None
-    mask, rows, columns = drawing.filled(polygon, *owner.shape)
+    mask, rows, columns = canvas.patch(polygon)
     before = np.bincount(owner.ravel())[1:]
     hidden = np.bincount(owner[rows, columns][mask], minlength=len(before) + 1)[1:]
     return bool(((before - hidden) * 100 >= before * SEEN).all())

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from core.seeds import mixed, mixed_array, shuffled, torch_seeded
+from core.seeds import Dice, mixed, mixed_array, shuffled, torch_seeded
 
 
 def test_array_and_scalar_hash_agree():
@@ -59,3 +59,21 @@ def test_torch_seeded_restores_the_generator_after_an_error():
     except KeyError:
         pass
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_dice_repeat_for_a_seed_and_cover_their_range_evenly():
+    dice, again = Dice(3, 4), Dice(3, 4)
+    throws = [dice.below(6) for _ in range(6000)]
+    assert throws == [again.below(6) for _ in range(6000)]
+    counts = np.bincount(throws, minlength=6)
+    assert ((counts - 1000) ** 2 / 1000).sum() < 20.5  # chi-square, 5 degrees, p = 0.001
+    assert {dice.between(-2, 2) for _ in range(200)} == {-2, -1, 0, 1, 2}
+    assert [Dice(3, 5).below(1000) for _ in range(3)] != [Dice(3, 4).below(1000) for _ in range(3)]
+
+
+def test_noise_has_the_shape_and_all_byte_values():
+    noise = Dice(1).noise(50, 41, 3)
+    assert noise.shape == (50, 41, 3)
+    assert noise.dtype == np.uint8
+    assert len(np.unique(noise)) == 256
+    assert abs(noise.mean() - 127.5) < 3
