@@ -7,6 +7,7 @@ L_IAS of image i is logsumexp_j(u_i·M_j/τ) − u_i·M_i/τ, and its gradient w
 bank as keys and values. One online-softmax pass gives both, in O(B·D) memory.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from core import dist
 
+LOG2_E = math.log2(math.e)
+EXCLUDED = -1e30  # a logit that stands for −inf, without its NaNs
 CHUNK = 2048  # bank rows in one pass of the fallback: B×C logits and C×D rows stay in the cache
 
 
@@ -31,39 +34,58 @@ def attend(
 
 def _attend_in_chunks(queries: Tensor, rows: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     state = OnlineSoftmax(queries)
-    scaled = queries * scale
+    scaled = queries * (scale * LOG2_E)
     for low in range(0, len(rows), CHUNK):
         keys = rows[low : low + CHUNK].to(queries.dtype)
-        state.add(slice(None), scaled @ keys.T, None, keys)
+        state.add(None, scaled @ keys.T, None, keys)
     return state.result()
 
 
 class OnlineSoftmax:
-    """Σ exp(x) and Σ exp(x)·row, gathered chunk by chunk against the largest x so far."""
+    """Σ exp(x) and Σ exp(x)·row, gathered chunk by chunk against the largest x so far.
+
+    Logits come to the base 2, x·log2(e): exp2 is several times faster than exp on some CPUs.
+    """
 
     def __init__(self, queries: Tensor) -> None:
         images = len(queries)
-        self.largest = queries.new_full((images, 1), float("-inf"))
+        self.largest = queries.new_full((images, 1), EXCLUDED)
         self.total = queries.new_zeros(images, 1)
         self.weighted = torch.zeros_like(queries)
 
-    def add(self, images: slice, logits: Tensor, allowed: Tensor | None, keys: Tensor) -> None:
-        """Take the b×C logits of some images, which count, and the C×D rows; eats the logits."""
-        if allowed is not None:
-            logits.masked_fill_(~allowed, float("-inf"))
-        before = self.largest[images]
+    def add(
+        self, images: Tensor | None, logits: Tensor, counted: Tensor | None, keys: Tensor
+    ) -> None:
+        """Take the logits of some images (None: of all), b×C, and the C×D rows; eats the logits.
+
+        ``counted``, b×C: 1 where a logit counts, else 0.
+        """
+        if counted is not None:
+            logits.sub_(1.0 - counted, alpha=-EXCLUDED)
+        before = of_images(self.largest, images)
         largest = torch.maximum(before, logits.amax(dim=1, keepdim=True))
-        base = largest.clamp(min=torch.finfo(logits.dtype).min)  # all of a chunk may be −inf
-        kept = torch.exp(before - base)
-        weights = logits.sub_(base).exp_()
-        self.total[images] = self.total[images] * kept + weights.sum(dim=1, keepdim=True)
-        self.weighted[images] = torch.addmm(self.weighted[images] * kept, weights, keys)
-        self.largest[images] = largest
+        kept = torch.exp2(before - largest)
+        weights = logits.sub_(largest).exp2_()
+        if counted is not None:
+            weights.mul_(counted)  # where nothing has counted so far
+        total = of_images(self.total, images) * kept + weights.sum(dim=1, keepdim=True)
+        weighted = torch.addmm(of_images(self.weighted, images) * kept, weights, keys)
+        if images is None:
+            self.largest, self.total, self.weighted = largest, total, weighted
+        else:
+            self.largest.index_copy_(0, images, largest)
+            self.total.index_copy_(0, images, total)
+            self.weighted.index_copy_(0, images, weighted)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Return logsumexp, B (−inf of nothing), and the weighted mean row, B×D (0 of nothing)."""
-        lse = (self.largest + self.total.log())[:, 0]
+        lse = (self.largest + self.total.log2())[:, 0] / LOG2_E
         return lse, self.weighted / self.total.clamp(min=torch.finfo(self.total.dtype).tiny)
+
+
+def of_images(state: Tensor, images: Tensor | None) -> Tensor:
+    """Return the rows of some images, or of all."""
+    return state if images is None else state.index_select(0, images)
 
 
 def merge_over_ranks(lse: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core import dist
-from pretrain.attention import OnlineSoftmax, merge_over_ranks
+from pretrain.attention import LOG2_E, OnlineSoftmax, merge_over_ranks, of_images
 from pretrain.losses import nce_constant, nce_shift
 from pretrain.negatives import Windows
 
@@ -38,34 +38,62 @@ class Settings:
 
 
 class NoiseContrast:
-    """Σ softplus(x) and Σ σ(x)·row over negatives, x their log odds (losses.nce_loss)."""
+    """Σ log(1 + o) and Σ o/(1 + o)·row over negatives of odds o = exp(x) (losses.nce_loss).
 
-    def __init__(self, queries: Tensor, shift: Tensor, settings: Settings) -> None:
-        self.shift = shift[:, None]  # b×1
+    Logits come to the base 2, as OnlineSoftmax takes them.
+    """
+
+    def __init__(self, queries: Tensor, shift: Tensor, track_z: bool) -> None:
+        self.shift = shift[:, None] * LOG2_E  # B×1
         self.total = queries.new_zeros(len(queries))
         self.weighted = torch.zeros_like(queries)
-        self.log_odds = queries.new_full((len(queries),), float("-inf"))
-        self.track_z = settings.track_z
-        # rows are at most sqrt(3) long, so x < 2·sqrt(3)/τ; beyond 80 exp overflows in float32
-        self.may_overflow = settings.temperature < 0.05
+        self.odds = queries.new_zeros(len(queries)) if track_z else None
 
-    def add(self, images: slice, logits: Tensor, allowed: Tensor, keys: Tensor) -> None:
-        """Take the b×C logits of some images, which count, and the C×D rows; eats the logits."""
-        logits -= self.shift[images]
-        if self.track_z or self.may_overflow:
-            logits.masked_fill_(~allowed, float("-inf"))
-        if self.track_z:
-            new = torch.logsumexp(logits, dim=1)
-            self.log_odds[images] = torch.logaddexp(self.log_odds[images], new)
-        if self.may_overflow:
-            value, share = F.softplus(logits), logits.sigmoid_()
-        else:  # several times faster: exp and log are vectorised on CPUs, log1p is not
-            odds = logits.exp_().mul_(allowed)
-            value = odds + 1.0
-            share = odds.div_(value)
-            value.log_()
-        self.total[images] += value.sum(dim=1)
-        self.weighted[images] = torch.addmm(self.weighted[images], share, keys)
+    def add(self, images: Tensor | None, logits: Tensor, counted: Tensor, keys: Tensor) -> None:
+        """Take the logits of some images (None: of all), b×C, and the C×D rows; eats the logits.
+
+        ``counted``, b×C: 1 where a logit counts, else 0.
+
+        log(1 + o) rounds o to 2^-24, up as often as down; it is ten times faster than log1p,
+        which is not vectorised on CPUs.
+        """
+        odds = logits.sub_(of_images(self.shift, images)).exp2_().mul_(counted)
+        if self.odds is not None:
+            _grow(self.odds, images, odds.sum(dim=1))
+        value = odds + 1.0
+        _grow(self.weighted, images, odds.div_(value) @ keys)
+        _grow(self.total, images, value.log_().sum(dim=1))
+
+    def log_sum(self) -> Tensor:
+        """Return log Σ exp(·/τ) of the negatives, B (``track_z``)."""
+        if self.odds is None:
+            return torch.zeros_like(self.total)
+        return self.odds.log() + self.shift[:, 0] / LOG2_E
+
+
+class CarefulNoiseContrast(NoiseContrast):
+    """The same for temperatures so low that the odds overflow."""
+
+    def __init__(self, queries: Tensor, shift: Tensor, track_z: bool) -> None:
+        super().__init__(queries, shift, track_z)
+        self.softmax = OnlineSoftmax(queries)
+
+    def add(self, images: Tensor | None, logits: Tensor, counted: Tensor, keys: Tensor) -> None:
+        self.softmax.add(images, logits.clone(), counted, keys)
+        logits.sub_(of_images(self.shift, images)).div_(LOG2_E)
+        logits.masked_fill_(counted == 0, float("-inf"))
+        _grow(self.total, images, F.softplus(logits).sum(dim=1))
+        _grow(self.weighted, images, logits.sigmoid_() @ keys)
+
+    def log_sum(self) -> Tensor:
+        return self.softmax.result()[0]
+
+
+def _grow(sums: Tensor, images: Tensor | None, more: Tensor) -> None:
+    if images is None:
+        sums += more
+    else:
+        sums.index_add_(0, images, more)
 
 
 def contrast_losses(
@@ -160,24 +188,26 @@ def _nce(
     share = count.to(positives[0].dtype) / settings.images  # c
     shifts = [nce_shift(z, share) for z in log_z.to(share.dtype)]
     spread = [dist.gather_rows(s) if settings.sharded else s for s in shifts]
+    # rows are at most sqrt(3) long, so x < 2·sqrt(3)/τ; exp of 88 overflows in float32
+    contrast = NoiseContrast if settings.temperature >= 0.05 else CarefulNoiseContrast
     gathered = _pass_over(
         embeddings,
         banks,
         windows,
         settings,
-        lambda number, query, order: NoiseContrast(query, spread[number][order], settings),
+        lambda number, query: contrast(query, spread[number], settings.track_z),
     )
     losses, coefficients, sums = [], [], []
-    for (state, inverse), positive, shift in zip(gathered, positives, shifts, strict=True):
-        packed = torch.cat([state.weighted, state.total[:, None]], dim=1)[inverse]  # B×(D+1)
-        log_odds = state.log_odds[inverse]
+    for state, positive, shift in zip(gathered, positives, shifts, strict=True):
+        packed = torch.cat([state.weighted, state.total[:, None]], dim=1)  # B×(D+1)
+        log_sum = state.log_sum()
         if settings.sharded:
             packed = dist.all_sum(packed)
-            log_odds = torch.logsumexp(dist.gather_rows(log_odds[None]), dim=0)
-        packed, log_odds = _mine(packed, settings), _mine(log_odds, settings)
+            log_sum = torch.logsumexp(dist.gather_rows(log_sum[None]), dim=0)
+        packed, log_sum = _mine(packed, settings), _mine(log_sum, settings)
         losses.append(F.softplus(shift - positive) + packed[:, -1] + nce_constant(count, share))
         coefficients.append((packed[:, :-1], torch.sigmoid(positive - shift)))
-        sums.append(log_odds + shift)
+        sums.append(log_sum)
     return losses, coefficients, sums
 
 
@@ -208,10 +238,10 @@ def _softmax_sums(
 ) -> list[tuple[Tensor, Tensor]]:
     """Return logsumexp and weighted mean row over each image's negatives, B and B×D a direction."""
     results = []
-    for state, inverse in _pass_over(
-        embeddings, banks, windows, settings, lambda number, query, order: OnlineSoftmax(query)
+    for state in _pass_over(
+        embeddings, banks, windows, settings, lambda _, query: OnlineSoftmax(query)
     ):
-        lse, mean = (part[inverse] for part in state.result())
+        lse, mean = state.result()
         if settings.sharded:
             lse, mean = merge_over_ranks(lse, mean)
         results.append((_mine(lse, settings), _mine(mean, settings)))
@@ -223,27 +253,41 @@ def _pass_over(
     banks: tuple[Tensor, Tensor],
     windows: Sequence[Windows],
     settings: Settings,
-    make: Callable[[int, Tensor, Tensor], Any],
-) -> list[tuple[Any, Tensor]]:
-    """Feed the logits of the windows' rows, chunk by chunk, to what ``make`` gives.
+    make: Callable[[int, Tensor], Any],
+) -> list[Any]:
+    """Feed the logits of the windows' rows, chunk by chunk, to what ``make`` gives, and return it.
 
     Args:
-        make: from a direction's number, its b×D queries and their order in the batch.
-
-    Returns:
-        what was made and fed, and the positions that undo the order, for each direction.
+        make: from a direction's number and its B×D queries.
     """
-    order = torch.argsort(windows[0].start, stable=True)
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)).to(order))
     every = [dist.gather_rows(e) if settings.sharded else e for e in embeddings]
-    queries = [e.detach()[order] / settings.temperature for e in every]
-    gathered = [make(number, query, order) for number, query in enumerate(queries)]
+    queries = [e.detach() * (LOG2_E / settings.temperature) for e in every]
+    gathered = [make(number, query) for number, query in enumerate(queries)]
+    readers = [Rows(bank, queries[0].dtype, CHUNK) for bank in banks]
+    logits = queries[0].new_empty(len(queries[0]) * CHUNK)
     for stratum in windows:
-        for rows, images, allowed in stratum.of(order).chunks(CHUNK):
-            for query, bank, state in zip(queries, banks, gathered, strict=True):
-                keys = bank.index_select(0, rows).to(query.dtype)  # C×D
-                state.add(images, query[images] @ keys.T, allowed, keys)
-    return [(state, inverse) for state in gathered]
+        for rows, images, counted in stratum.chunks(CHUNK, logits.dtype):
+            for query, reader, state in zip(queries, readers, gathered, strict=True):
+                keys = reader.read(rows)  # C×D
+                product = logits[: counted.numel()].view(counted.shape)  # b×C
+                torch.mm(of_images(query, images), keys.T, out=product)
+                state.add(images, product, counted, keys)
+    return gathered
+
+
+class Rows:
+    """Reads chunks of a bank's rows into one buffer, in the dtype that they are computed with."""
+
+    def __init__(self, bank: Tensor, dtype: torch.dtype, chunk: int) -> None:
+        self.bank = bank
+        self.stored = bank.new_empty(chunk, bank.shape[1])
+        self.wide = self.stored if bank.dtype == dtype else self.stored.to(dtype)
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Return the C×D rows; the next call overwrites them."""
+        stored, wide = self.stored[: len(rows)], self.wide[: len(rows)]
+        torch.index_select(self.bank, 0, rows, out=stored)
+        return wide if wide is stored else wide.copy_(stored)
 
 
 def _positives(

@@ -139,7 +139,7 @@ class PreservationTerm(nn.Module):
         )
         rank, world = self.bank.rank, self.bank.world
         every = labels if options.other_class_only else torch.arange(bank_options.images)
-        self.register_buffer("groups", every[rank::world].contiguous(), persistent=False)
+        self.register_buffer("groups", every[rank::world].to(torch.int32), persistent=False)
         self.register_buffer("log_z", torch.zeros(2))  # log Z of v·M^t and of t·M^v
         self.register_buffer("z_known", torch.zeros((), dtype=torch.bool))
         self._has_z: bool | None = None  # z_known, as the host knows it

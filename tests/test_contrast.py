@@ -16,7 +16,7 @@ from pretrain.contrast import Settings, contrast_losses, first_log_z
 from pretrain.negatives import Drawer, Windows, make_drawer
 
 B, N, E, TAU = 9, 70, 8, 0.2
-LABELS = torch.arange(N) % 5
+LABELS = torch.arange(N, dtype=torch.int32) % 5
 
 
 def unit(*shape: int) -> Tensor:
