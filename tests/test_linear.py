@@ -208,6 +208,18 @@ def test_ties_go_to_the_stronger_penalty_and_edges_are_told() -> None:
     assert linear_probe((features, labels), (features, labels), 2, weakest).at_grid_edge
 
 
+def test_several_labels_an_image_are_probed_by_voc_map() -> None:
+    """Two independent attributes, each told by a feature: a perfect ranking is found."""
+    generator = torch.Generator().manual_seed(0)
+    targets = (torch.rand(200, 2, generator=generator) < 0.3).long()
+    features = targets * 4.0 + torch.randn(200, 2, generator=generator) * 0.3
+    targets[::11, 0] = -1
+    train, test = (features[:150], targets[:150]), (features[150:], targets[150:])
+    found = linear_probe(train, test, 2, QUICK, metric="voc07_map")
+    assert found.score == pytest.approx(100)
+    assert found.metric == "voc07_map"
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [("held_out", 1.0), ("c_values", 0), ("normalise", "l3"), ("patience", 0)]
 )

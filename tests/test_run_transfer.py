@@ -194,6 +194,25 @@ def test_splits_must_have_the_same_classes(
         run_here(weights, *where)
 
 
+def test_an_official_val_split_is_chosen_on_and_then_learnt_from(
+    run_here: Callable[..., list[ResultRow]], weights: Path, tmp_path: Path
+) -> None:
+    for split, count in (("train", 6), ("val", 3), ("test", 2)):
+        for name, colour in (("a", "red"), ("b", "blue")):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (9, 9), colour).save(folder / f"{i}.png")
+    where = ("data.name", "folder", "data.root", str(tmp_path / "images"))
+    rows = run_here(
+        weights, *where, "methods", "[linear, knn, finetune]", "finetune.lr", "[0.01, 0.001]"
+    )
+    assert [row.selection for row in rows] == ["best on val", "last", "best on val"]
+    assert {row.split for row in rows} == {"test"}
+    assert {row.details["train_images"] for row in rows} == {18}
+    assert rows[0].value == 100
+
+
 def test_bad_weights_are_refused_in_one_sentence(
     run_here: Callable[..., list[ResultRow]], weights: Path, tmp_path: Path
 ) -> None:

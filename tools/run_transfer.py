@@ -6,7 +6,8 @@ tools/run_transfer.py --config transfer/cub200_finetune.yaml --weights moco_v2_8
 torchrun --nproc-per-node 8 tools/run_transfer.py …      # features and training on all GPUs
 
 Weights are a checkpoint of this suite or any that tools/convert_to_d2.py recognises. Each number
-becomes a row of OUTPUT/results.jsonl.
+becomes a row of OUTPUT/results.jsonl. Exit status: 0 done, 1 diverged, 2 bad input, 75 stopped by a
+signal with everything saved (start again with --resume).
 """
 
 import _checkout  # isort:skip
@@ -40,7 +41,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", help="default: runs/transfer/CONFIG/INIT_WEIGHTS")
     parser.add_argument("--resume", action="store_true", help="go on with a cut fine-tuning")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="changes to the config")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def main() -> int:
@@ -60,10 +61,11 @@ def main() -> int:
         if dist.is_main():
             print("\n".join([*map(_line, rows), f"rows: {output / 'results.jsonl'}"]))
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        print(f"{stopped}; go on with --resume", file=sys.stderr)
         return STOPPED_STATUS
     except NonFiniteLoss as error:
-        raise InputError(f"{error}; take a smaller finetune.lr") from None
+        print(f"error: {error}; take a smaller finetune.lr", file=sys.stderr)
+        return 1
     finally:
         dist.shutdown()
     return 0
