@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from analysis import mutual_information as mi
 from analysis.mutual_information import Settings, estimate, estimate_jobs
+from benchmarks.mine import _plain
 
 QUICK = Settings(
     hidden=48,
@@ -131,6 +132,21 @@ def test_the_split_first_layer_is_the_plain_mlp() -> None:
     torch.testing.assert_close(marginal[1], score(x, y[(partner + 7) % 50]))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_product_as_a_convolution_is_the_product(
+    monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    torch.set_num_threads(threads)  # PyTorch's choice of kernel depends on it
+    monkeypatch.setattr(mi, "CONVOLVED", 1)
+    rows, weight = gaussians(40, 0.0, 64)[0].requires_grad_(), torch.randn(24, 40)
+    weight.requires_grad_()
+    bias = torch.randn(24, requires_grad=True)
+    outputs = [mi._linear(rows, weight, bias, True), F.linear(rows, weight, bias)]
+    torch.testing.assert_close(*outputs)
+    grads = [torch.autograd.grad(out.square().sum(), (rows, weight, bias)) for out in outputs]
+    torch.testing.assert_close(*grads)
+
+
 def test_mine_gradient_is_debiased_by_the_moving_average() -> None:
     """∂/∂θ [mean e^f / a − mean f] with a = (1 − r)·a₀ + r·mean e^f, a₀ = 1, not differentiated."""
     x, y = gaussians(2, 0.5, 40)
@@ -207,6 +223,15 @@ def test_jobs_side_by_side_equal_jobs_alone() -> None:
             alone = estimate(x, y, estimator, settings, seeds=(0, 3))
             assert found.values == pytest.approx(alone.values, abs=2e-4)
             assert found.standard_error == pytest.approx(alone.standard_error, rel=0.02, abs=1e-4)
+
+
+def test_the_benchmarks_plain_way_is_the_same_estimator() -> None:
+    x, y = gaussians(2, 0.8, 3000)
+    settings = dataclasses.replace(
+        QUICK, protocol="released", standardise=False, init_std=0.1, iterations=400
+    )
+    ours = estimate(x, y, "mine", settings).nats
+    assert _plain(x, y, settings, 0) == pytest.approx(ours, abs=ERROR)
 
 
 def test_seeds_reproduce_and_differ_and_global_random_state_is_left_alone() -> None:
