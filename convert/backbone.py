@@ -3,6 +3,7 @@
 Shapes are those of ``convert.layouts``; names are torchvision's; numbers are float32.
 """
 
+import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 from convert import layouts, zoo
 from convert.reading import read
 from convert.recognise import Recognition, recognise
+from convert.refusals import reason_of_name
 from convert.sources import AUTHOR, Convention
 from core.checkpoint import is_ours
 from core.errors import InputError
@@ -41,7 +43,7 @@ class Backbone:
     origin: dict[str, Any]  # what the checkpoint says of itself: method, epoch, seed, …
 
     def facts(self) -> dict[str, Any]:
-        """Return what is written beside the tensors; ``mean`` and ``std`` in channel order."""
+        """Return what is written beside the tensors; ``mean`` and ``std`` in R, G, B."""
         return {
             "arch": self.arch,
             "mean": list(self.convention.mean),
@@ -69,8 +71,8 @@ def read_backbone(
 ) -> Backbone:
     """Read, recognise and check a checkpoint of any known format.
 
-    ``mean`` and ``std``, on 0…255 in the format's channel order, are for weights that were trained
-    with others than their format's usual ones; a file that states its own is not overruled.
+    ``mean`` and ``std`` of R, G, B on 0…255 are for weights that were trained with others than
+    their format's usual ones; a file that states its own is not overruled.
 
     Raises:
         InputError: missing, damaged, holding code, unrecognised, ambiguous, incomplete, misshapen,
@@ -82,14 +84,15 @@ def read_backbone(
     try:
         facts = _facts_of(content)
         _check_declared(facts.get("arch"))
+        names_given = [*_declared_names(content), *(_library_name(located.name) if located else [])]
         found = recognise(content, format, drop)
         del content  # with it go optimiser states and momentum encoders
         state = _as_tensors(found)
         layout = layouts.infer({key: tuple(value.shape) for key, value in state.items()})
     except ValueError as error:
         raise InputError(f"{name}: {error}") from None
-    if facts.get("arch", layout.arch) != layout.arch:
-        raise InputError(f"{name}: it calls itself {facts['arch']}, but is a {layout.arch}")
+    for declared in names_given:
+        _check_name(declared, layout.arch, name, insisted=format is not None)
     convention = located.convention if located else found.source.convention
     convention = _convention(facts, convention, name)
     if mean is not None or std is not None:
@@ -175,6 +178,35 @@ def _facts_of(content: Any) -> dict[str, Any]:
         for key in ("mean", "std"):
             facts[key] = [round(float(value) * 255, 4) for value in facts[key]]
     return facts
+
+
+def _declared_names(content: Any) -> list[str]:
+    """The architectures that a checkpoint calls itself: ``arch``, ``args.model`` and the like."""
+    if not isinstance(content, Mapping):
+        return []
+    settings = [content, content.get("facts")]
+    for key in ("args", "opt", "hyper_parameters", "config"):
+        value = content.get(key)
+        settings.append(vars(value) if isinstance(value, argparse.Namespace) else value)
+    found = [s.get(k) for s in settings if isinstance(s, Mapping) for k in ("arch", "model")]
+    return [name for name in found if isinstance(name, str)]
+
+
+def _library_name(name: str) -> list[str]:
+    return [name.partition(":")[2].partition(".")[0]]
+
+
+def _check_name(declared: str, arch: str, name: str, insisted: bool) -> None:
+    """Raise InputError if a checkpoint calls itself a network that its tensors are not."""
+    reason = reason_of_name(declared)
+    if reason and not (insisted and "--format" in reason):
+        raise InputError(f"{name}: it calls itself {declared}, which {reason}")
+    try:
+        same = layouts.layout_of(declared).arch == arch
+    except ValueError:
+        return  # a name of someone's own says nothing
+    if not same:
+        raise InputError(f"{name}: it calls itself {declared}, but is a {arch}")
 
 
 def _convention(facts: Mapping[str, Any], otherwise: Convention, name: str) -> Convention:

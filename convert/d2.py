@@ -60,7 +60,7 @@ def convert(
         format: insist on a format of ``convert.sources``.
         to: "detectron2", or "torchvision" for the way back.
         drop: further name patterns that are no part of the backbone.
-        mean: of the images on 0…255, where it is not the format's usual one; ``std`` likewise.
+        mean: of R, G, B on 0…255, where it is not the format's usual one; ``std`` likewise.
         overwrite: replace an output that came from another source.
         prove: given the backbone, returns a check of the written file that raises InputError.
             ``detection.parity.proof`` is the one to pass; it is an argument because only
@@ -154,7 +154,7 @@ def _for_torchvision(backbone: Backbone) -> Backbone:
     return dataclasses.replace(
         backbone,
         state={**backbone.state, "conv1.weight": stem},
-        convention=Convention(convention.mean[::-1], convention.std[::-1]),
+        convention=Convention(convention.mean, convention.std),
     )
 
 
@@ -207,7 +207,6 @@ def _folder_beside(target: Path) -> Iterator[Path]:
 
 def summary(facts: Mapping[str, Any]) -> list[str]:
     """Return the lines that tell a reader what was recognised, kept and dropped."""
-    order = facts["channel_order"]
     groups = _grouped(facts["dropped"])
     dropped = ", ".join(groups) if groups else "nothing"
     if facts["dropped_batch_counters"]:
@@ -222,7 +221,8 @@ def summary(facts: Mapping[str, Any]) -> list[str]:
         f"tensors   {facts['tensors']}",
         f"dropped   {dropped}",
         *([f"aside     {', '.join(facts['set_aside'])}"] if facts["set_aside"] else []),
-        f"input     {order}, mean {_numbers(facts['mean'])}, std {_numbers(facts['std'])} (0…255)",
+        f"input     {facts['channel_order']}; of R, G, B on 0…255: mean {_numbers(facts['mean'])}, "
+        f"std {_numbers(facts['std'])}",
         f"stride    in the {'1×1 (MSRA)' if facts['stride_in_1x1'] else '3×3 (torchvision)'}",
     ]
     return [*lines, f"origin    {', '.join(known)}"] if known else lines

@@ -7,12 +7,12 @@ formats would pick different ones.
 
 import dataclasses
 import fnmatch
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from convert import names
-from convert.sources import BY_NAME, HEADS, REFUSALS, SOURCES, WRAPPERS, Source
+from convert.refusals import reason_of
+from convert.sources import BY_NAME, HEADS, SOURCES, WRAPPERS, Source
 
 ANCHORS = {  # two tensors that tell a style of names, however much else is missing
     "torchvision": ("conv1.weight", "layer1.0.conv1.weight"),
@@ -155,8 +155,9 @@ def _select(candidate: _Candidate, drop: Sequence[str]) -> Recognition:
     tensors: dict[str, Any] = {}
     dropped, extra, counters, stem_bias = [], [], 0, None
     for key, value in candidate.state.items():
-        inner = key.removeprefix(candidate.prefix)
-        name = _renamed(candidate.style, inner) if key.startswith(candidate.prefix) else None
+        below = key.startswith(candidate.prefix)
+        inner = key.removeprefix(candidate.prefix)  # what is not below the prefix keeps its name
+        name = _renamed(candidate.style, inner) if below else None
         if name is not None and name.endswith("num_batches_tracked"):
             counters += 1
         elif name is not None:
@@ -165,7 +166,7 @@ def _select(candidate: _Candidate, drop: Sequence[str]) -> Recognition:
             tensors[name] = value
         elif candidate.style == "caffe2" and inner == "conv1_b":
             stem_bias = value
-        elif any(_matches(text, pattern) for text in {key, inner} for pattern in drops):
+        elif any(_matches(inner, pattern) for pattern in drops):
             dropped.append(candidate.original[key])
         else:
             extra.append(candidate.original[key])
@@ -225,7 +226,7 @@ def _clean(
 def _why_not(content: Mapping[str, Any], format: str | None) -> str:
     """Say why no format fits, with what the file seems to be."""
     keys = list(_all_keys(content))
-    reason = _refusal(keys)
+    reason = reason_of(keys)
     if reason:
         return f"it is {reason}" if reason.startswith("a vision") else f"it has {reason}"
     if format is not None:
@@ -249,20 +250,13 @@ def _why_not(content: Mapping[str, Any], format: str | None) -> str:
 
 
 def _why_extra(extra: list[str], format: str) -> str:
-    reason = _refusal(extra)
+    reason = reason_of(extra)
     if reason:
         return f"it has {reason} ({extra[0]})"
     return (
         f"{len(extra)} entries are neither of the backbone nor known to be dropped in the format "
         f"{format}: {_some(extra)}; if they are no part of the backbone, name them with --drop"
     )
-
-
-def _refusal(keys: Sequence[str]) -> str | None:
-    for pattern, reason in REFUSALS:
-        if any(re.search(pattern, key) for key in keys):
-            return reason
-    return None
 
 
 def _all_keys(content: Mapping[str, Any], prefix: str = "", depth: int = 5) -> Iterator[str]:

@@ -18,10 +18,10 @@ WRAPPERS = ("module", "_orig_mod")
 
 @dataclasses.dataclass(frozen=True)
 class Convention:
-    """How an image enters the network, in detectron2's terms.
+    """How an image enters the network: mean and std of R, G, B on 0…255, and what comes first.
 
-    ``mean`` and ``std`` are on the scale 0…255 and stand **in the channel order**: BGR first
-    means blue first. They are PIXEL_MEAN and PIXEL_STD as they are.
+    ``mean`` and ``std`` are in R, G, B whatever the network's channel order; ``pixel_mean`` and
+    ``pixel_std`` are in the channel order, as detectron2's PIXEL_MEAN and PIXEL_STD are.
     """
 
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
@@ -29,10 +29,20 @@ class Convention:
     channel_order: str = "RGB"
     stride_in_1x1: bool = False
 
+    @property
+    def pixel_mean(self) -> tuple[float, ...]:
+        """The mean in the channel order."""
+        return self.mean if self.channel_order == "RGB" else self.mean[::-1]
+
+    @property
+    def pixel_std(self) -> tuple[float, ...]:
+        """The standard deviation in the channel order."""
+        return self.std if self.channel_order == "RGB" else self.std[::-1]
+
 
 TORCHVISION = Convention()
-MSRA = Convention((103.53, 116.28, 123.675), (1.0, 1.0, 1.0), "BGR", stride_in_1x1=True)
-FAIR = Convention((103.53, 116.28, 123.675), (57.375, 57.12, 58.395), "BGR")
+MSRA = Convention(std=(1.0, 1.0, 1.0), channel_order="BGR", stride_in_1x1=True)
+FAIR = Convention(channel_order="BGR")
 
 BARE: tuple[str, ...] = ()
 PLAIN = (BARE, ("state_dict",), ("model",), ("model_state_dict",), ("model_state",))
@@ -44,7 +54,8 @@ HEADS = (
     "online_classifier", "proj", "projector", "projection", "projection_head*", "projection_mlp",
     "projector_*", "predictor", "predictor_*", "prediction", "prediction_head*", "prediction_mlp",
     "prototypes", "neck", "queue*", "ptr", "memory_bank*", "criterion*", "loss", "loss_*",
-    "momentum_*", "*_momentum", "target_*", "n_averaged", "center",
+    "momentum_*", "*_momentum", "target_*", "teacher_*", "student_head", "student_projection_*",
+    "n_averaged", "center",
 )  # fmt: skip
 
 
@@ -84,7 +95,7 @@ def _not_ours(content: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
 
 
 # Who writes detectron2's names for RGB weights with the stride in the 3×3.
-RGB_AUTHORS = ("torchvision", "MOCO", "MoCo", "Yonglong", "CLS", "DenseCL", "PixPro")
+RGB_AUTHORS = ("torchvision", "MOCO", "CLS", "Yonglong", "OpenSelfSup")
 
 
 def _pixel_std(state: Mapping[str, Any]) -> float | None:
@@ -135,13 +146,12 @@ class Source:
     styles: tuple[str, ...] = ("torchvision",)
     convention: Convention = TORCHVISION
     aliases: tuple[tuple[str, str], ...] = ()  # (start, start as it should be) of keys
-    on_request: bool = False  # only by --format: the format's own documentation prefers another
+    on_request: bool = False  # only by --format: nothing in a file tells, or another is preferred
 
 
 _DETECTOR = (
-    "backbone.fpn_*", "backbone.top_block", "backbone.res5.norm", "proposal_generator",
-    "roi_heads", "roi_heads.*", "sem_seg_head", "pixel_mean", "pixel_std", "anchor_generator",
-    "stem.fc", "backbone.bottom_up.linear", "backbone.bottom_up.stem.fc",
+    "backbone.fpn_*", "backbone.top_block", "res5.norm", "proposal_generator", "roi_heads",
+    "sem_seg_head", "pixel_mean", "pixel_std", "anchor_generator", "stem.fc",
 )  # fmt: skip
 
 
@@ -150,7 +160,7 @@ def _detectron2(name: str, about: str, detect: Detect, convention: Convention) -
     return Source(
         name,
         about,
-        (("model",), BARE),
+        (("model",), ("state_dict",), BARE),
         ("", "backbone.bottom_up.", "backbone.", "bottom_up."),
         detect,
         _DETECTOR,
@@ -265,6 +275,15 @@ SOURCES: tuple[Source, ...] = (
         styles=("numbered",),
     ),
     Source(
+        "lightly-dino",
+        "lightly's DINO: the teacher",
+        PLAIN,
+        ("teacher_backbone.",),
+        beside("student_backbone."),
+        drops=("student_*",),
+        styles=("numbered", "torchvision"),
+    ),
+    Source(
         "mmpretrain", "mmpretrain, mmselfsup, mmcls", (("state_dict",),), ("backbone.",),
         top("meta"), drops=("data_preprocessor",),
     ),
@@ -289,6 +308,14 @@ SOURCES: tuple[Source, ...] = (
     ),
     Source("torchvision-ema", "torchvision's training script, the averaged model",
            (("model_ema",),)),
+    Source(
+        "torchvision-msra",
+        "torchvision's names, MSRA's convention: BGR, std 1, stride in the 1×1 (resnet50_caffe)",
+        PLAIN,
+        ("", "backbone."),
+        convention=MSRA,
+        on_request=True,
+    ),
     Source(
         "caffe2-msra",
         "Caffe2 / Detectron 1 pickle of MSRA's ResNets: BGR, std 1, stride in the 1×1",
@@ -323,25 +350,3 @@ SOURCES: tuple[Source, ...] = (
     ),
 )  # fmt: skip
 BY_NAME = {source.name: source for source in SOURCES}
-
-# What a backbone that detectron2 cannot hold gives itself away by: (pattern of a key, reason).
-REFUSALS = (
-    (
-        r"(^|\.)(conv1|stem)\.\d+\.(weight|conv\.weight)$|(^|\.)stem\.conv[23]\.",
-        "a deep stem of three 3×3 convolutions (ResNet-C/D), and detectron2's ResNet has one 7×7",
-    ),
-    (
-        r"(^|\.)layer\d\.\d+\.downsample\.2\.",
-        "an average-pooled shortcut (ResNet-D), which detectron2's ResNet has not",
-    ),
-    (
-        r"(^|\.)layer\d\.\d+\.(se|se_module|attn|eca)\.",
-        "attention in its blocks (SE, ECA), which detectron2's ResNet has not",
-    ),
-    (r"(^|\.)(patch_embed|pos_embed|cls_token|class_token)", "a vision transformer, no ResNet"),
-    (
-        r"(^|\.)layer\d\.\d+\.shortcut\.\d\.",
-        "a CIFAR ResNet with shortcut in place of downsample, whose 3×3 stem detectron2 has not",
-    ),
-    (r"(^|\.)layer\d\.\d+\.conv\d\.bias$", "convolutions with a bias, which detectron2 has not"),
-)

@@ -89,7 +89,8 @@ def proof_of_way_back(backbone: Backbone) -> Callable[[Path], Parity]:
 def backbone_cfg(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return the config keys that a detector must agree with to hold and feed these weights.
 
-    Keys are detectron2's dotted ones. PIXEL_MEAN and PIXEL_STD are in the order of INPUT.FORMAT.
+    Keys are detectron2's dotted ones. PIXEL_MEAN and PIXEL_STD are in the order of INPUT.FORMAT,
+    as detectron2 wants them; the facts' mean and std are in R, G, B.
 
     Raises:
         InputError: the architecture is none that detectron2's ResNet can hold.
@@ -98,17 +99,18 @@ def backbone_cfg(facts: Mapping[str, Any]) -> dict[str, Any]:
         layout = layout_of(facts["arch"])
     except ValueError as error:
         raise InputError(str(error)) from None
+    convention = _convention(facts)
     return {
         "MODEL.RESNETS.DEPTH": layout.depth,
         "MODEL.RESNETS.NUM_GROUPS": layout.groups,
         "MODEL.RESNETS.WIDTH_PER_GROUP": layout.base_width,
-        "MODEL.RESNETS.STRIDE_IN_1X1": bool(facts["stride_in_1x1"]),
+        "MODEL.RESNETS.STRIDE_IN_1X1": convention.stride_in_1x1,
         "MODEL.RESNETS.RES2_OUT_CHANNELS": 256 if layout.bottleneck else 64,
         "MODEL.RESNETS.STEM_OUT_CHANNELS": STEM_CHANNELS,
         "MODEL.RESNETS.NORM": "BN",
-        "MODEL.PIXEL_MEAN": [float(value) for value in facts["mean"]],
-        "MODEL.PIXEL_STD": [float(value) for value in facts["std"]],
-        "INPUT.FORMAT": facts["channel_order"],
+        "MODEL.PIXEL_MEAN": list(convention.pixel_mean),
+        "MODEL.PIXEL_STD": list(convention.pixel_std),
+        "INPUT.FORMAT": convention.channel_order,
     }
 
 
@@ -130,12 +132,12 @@ def source_features(
         InputError: the state is not that of ``arch``, or a map is not finite.
     """
     network = source_network(state, arch, convention.stride_in_1x1)
-    image = fixed_image().double() / 255
+    mean, std = (_column(values) / 255 for values in (convention.mean, convention.std))
+    image = (fixed_image().double() / 255 - mean) / std
     if convention.channel_order == "BGR":
         image = image.flip(1)
-    mean, std = (_column(values) / 255 for values in (convention.mean, convention.std))
     with torch.inference_mode():
-        maps = network.forward_stages(((image - mean) / std).float())
+        maps = network.forward_stages(image.float())
     for stage, value in maps.items():
         if not bool(torch.isfinite(value).all()):
             raise InputError(f"the source network's {stage} is not finite on an ordinary image")
@@ -257,8 +259,9 @@ def _judged(parity: Parity) -> Parity:
 
 
 def _convention(facts: Mapping[str, Any]) -> Convention:
-    mean, std = tuple(facts["mean"]), tuple(facts["std"])
-    return Convention(mean, std, facts["channel_order"], facts["stride_in_1x1"])
+    (r, g, b), (dr, dg, db) = ([float(v) for v in facts[key]] for key in ("mean", "std"))
+    order, stride = facts["channel_order"], bool(facts["stride_in_1x1"])
+    return Convention((r, g, b), (dr, dg, db), order, stride)
 
 
 def _specification(layout: Layout) -> Architecture:

@@ -26,7 +26,7 @@ from convert import d2, names
 from convert.backbone import read_backbone
 from convert.pickles import read_pickle
 from convert.reading import read
-from convert.sources import MSRA, TORCHVISION
+from convert.sources import TORCHVISION
 from core.checkpoint import Facts, save_checkpoint
 from core.errors import InputError
 from core.resnet import create_model
@@ -57,6 +57,13 @@ def network() -> nn.Module:
     with torch.device("meta"):
         model = torchvision.models.resnet18(num_classes=3)
     return fill(model.to_empty(device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def good(network: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("good") / "net.pth"
+    torch.save(network.state_dict(), path)
+    return path
 
 
 def without_head(state: State) -> State:
@@ -164,6 +171,27 @@ def test_own_mean_and_std_reach_the_facts(network: nn.Module, tmp_path: Path) ->
             read_backbone(tmp_path / "simclr.pth", mean=mean, std=std)
 
 
+@pytest.mark.parametrize(
+    ("declared", "reason"),
+    [
+        ({"arch": "resnetblur18"}, "calls itself resnetblur18, which down-samples by"),
+        ({"args": argparse.Namespace(model="resnetaa50")}, "calls itself resnetaa50"),
+        ({"arch": "resnet34"}, "calls itself resnet34, but is a resnet18"),
+        ({"arch": "resnet18_caffe"}, "--format torchvision-msra"),
+    ],
+)
+def test_a_network_that_is_not_what_it_calls_itself_is_refused(
+    good: Path, declared: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    """The same tensors under another network's name compute something else."""
+    state = torch.load(good, weights_only=True)
+    torch.save({"state_dict": state, **declared}, tmp_path / "a.pth")
+    with pytest.raises(InputError, match=reason):
+        read_backbone(tmp_path / "a.pth")
+    torch.save({"state_dict": state, "arch": "resnet18"}, tmp_path / "a.pth")
+    assert read_backbone(tmp_path / "a.pth").arch == "resnet18"
+
+
 # ---- Caffe2 ----------------------------------------------------------------------------------
 
 
@@ -212,7 +240,7 @@ def test_a_caffe2_pickle_computes_what_detectron2_makes_of_it(tmp_path: Path) ->
     assert conversion.facts["source_format"] == "caffe2-msra"
     assert conversion.facts["tensors"] == 265
     assert (conversion.facts["channel_order"], conversion.facts["std"]) == ("BGR", [1.0, 1.0, 1.0])
-    assert conversion.facts["mean"] == [103.53, 116.28, 123.675]
+    assert conversion.facts["mean"] == [123.675, 116.28, 103.53]  # in R, G, B, as always
     assert conversion.facts["stride_in_1x1"] is True
 
     cfg = get_cfg()  # its defaults are MSRA's: FrozenBN, stride in the 1×1
@@ -222,7 +250,9 @@ def test_a_caffe2_pickle_computes_what_detectron2_makes_of_it(tmp_path: Path) ->
     for module in theirs.modules():  # its loader writes 1, and 1 + ε is not quite scale·x + bias
         if isinstance(module, FrozenBatchNorm2d):
             module.running_var.fill_(1 - module.eps)
-    image = parity.fixed_image().float().flip(1) - torch.tensor(MSRA.mean).reshape(1, 3, 1, 1)
+    image = parity.fixed_image().float().flip(1) - torch.tensor([103.53, 116.28, 123.675]).reshape(
+        1, 3, 1, 1
+    )
     with torch.no_grad():
         reference = theirs(image)
     ours, matched, expected = parity.detectron2_features(conversion.output)
@@ -350,13 +380,6 @@ def test_a_stand_in_is_empty_whatever_it_is_given(tmp_path: Path) -> None:
 
 
 # ---- damaged and unsuited --------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def good(network: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("good") / "net.pth"
-    torch.save(network.state_dict(), path)
-    return path
 
 
 def damaged(path: Path, good: Path, how: str) -> Path:

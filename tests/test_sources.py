@@ -205,6 +205,14 @@ def lightly(net: nn.Module, twin: nn.Module) -> Content:
     return {"state_dict": model.state_dict(), "pytorch-lightning_version": "2.0"}
 
 
+def lightly_dino(net: nn.Module, twin: nn.Module) -> Content:
+    model = Holder(
+        teacher_backbone=sequential(net), teacher_head=head(),
+        student_backbone=sequential(twin), student_head=head(),
+    )  # fmt: skip
+    return model.state_dict()
+
+
 def lightly_bare(net: nn.Module, twin: nn.Module) -> Content:
     return sequential(net).state_dict()
 
@@ -321,6 +329,7 @@ LAYOUTS: list[tuple[str, Callable[[nn.Module, nn.Module], Content]]] = [
     ("solo-learn", sololearn),
     ("lightly", lightly),
     ("lightly", lightly_bare),
+    ("lightly-dino", lightly_dino),
     ("mmpretrain", mmpretrain),
     ("barlow-twins", barlow),
     ("simsiam", simsiam),
@@ -333,6 +342,7 @@ LAYOUTS: list[tuple[str, Callable[[nn.Module, nn.Module], Content]]] = [
     ("torchvision", plain("", "state_dict")),
     ("torchvision", compiled),
     ("torchvision-ema", averaged("model_ema")),
+    ("torchvision-msra", plain("backbone", "state_dict")),
     ("caffe2-msra", caffe2),
     ("detectron2", detectron2),
     ("detectron2", c4_detector),
@@ -455,6 +465,13 @@ def attention() -> nn.Module:
     return network
 
 
+def small_generator() -> nn.Module:
+    """A ResNet without ReLU and max-pool as modules, cut up: stages are 2 to 5, not 4 to 7."""
+    network = resnet(1)
+    stages = [network.layer1, network.layer2, network.layer3, network.layer4]
+    return Holder(backbone=nn.Sequential(network.conv1, network.bn1, *stages))
+
+
 def biased() -> nn.Module:
     network = resnet(1)
     network.layer1[0].conv1 = nn.Conv2d(64, 64, 3, padding=1, bias=True)
@@ -467,6 +484,7 @@ def biased() -> nn.Module:
         (deep_stem, "deep stem"),
         (pooled_shortcut, "average-pooled shortcut"),
         (attention, "attention"),
+        (small_generator, "ResNetGenerator"),
         (biased, "convolutions with a bias"),
         (lambda: torchvision.models.vit_b_32(), "vision transformer"),
         (lambda: torchvision.models.vgg11(), "no known format fits"),

@@ -34,8 +34,8 @@ def parse() -> argparse.Namespace:
                         help="also leave behind what has this name or lies below it")
     for name in ("--mean", "--std"):
         parser.add_argument(name, type=float, nargs=3, metavar="V",
-                            help="of the images the weights were trained on, on 0…255, in the "
-                            "format's channel order; only where they are not its usual ones")
+                            help="of R, G, B on 0…255; only for weights that were trained with "
+                            "others than their format's usual ones")
     parser.add_argument("--overwrite", action="store_true", help="replace another source's output")
     parser.add_argument("--list-formats", action="store_true", help="print the formats and stop")
     # fmt: on
