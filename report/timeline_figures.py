@@ -19,6 +19,7 @@ from report.figures import _look as figure_style
 
 WIDTH = 3.4  # inches: one column of a paper
 PANEL = 1.75  # inches: height of one panel
+BOUNDARY = "start of stage 2"
 XT, TY, PROBE, RECALL, NMI = "mi_xt", "mi_ty", "linear/top1", "recall@1", "nmi"
 NAMES = {
     RECALL: "Recall@1 (%)",
@@ -148,7 +149,7 @@ def timeline_figures(rows: Iterable[ResultRow]) -> list[Drawn]:
                 *(tradeoff(data, init) for init in data.inits),
                 *(informations(data, init) for init in data.inits),
                 plane(data),
-                compared(data) if len(data.inits) > 1 else None,
+                *(compared(data) if len(data.inits) > 1 else []),
                 correlated(data),
             ]
         drawn += [dataclasses.replace(one, name=head + one.name) for one in figures if one]
@@ -163,9 +164,9 @@ def save_timeline_figures(rows: Iterable[ResultRow], folder: str | Path) -> list
 
 def tradeoff(data: Data, init: str) -> Drawn | None:
     """Draw discriminability (left axis) and transferability (right axis) against epochs."""
-    left = [(NAMES[RECALL], series(data, init, RECALL, data.source, "train"), 1.0)]
-    left.append(("NMI × 100", series(data, init, NMI, data.source, "train"), 100.0))
-    right = [(name, series(data, init, PROBE, name), 1.0) for name in data.targets]
+    left = [("← Recall@1", series(data, init, RECALL, data.source, "train"), 1.0)]
+    left.append(("← NMI × 100", series(data, init, NMI, data.source, "train"), 100.0))
+    right = [(f"{name} →", series(data, init, PROBE, name), 1.0) for name in data.targets]
     if not any(band.epochs for _, band, _ in (*left, *right)):
         return None
     figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
@@ -174,9 +175,9 @@ def tradeoff(data: Data, init: str) -> Drawn | None:
     looks = iter(styles([label for label, _, _ in (*left, *right)]).values())
     for side, bands in ((axes, left), (other, right)):
         for label, band, factor in bands:
-            _line(side, band, label.split(" (")[0], next(looks), factor)
-    axes.set_ylabel("discriminability on source: Recall@1 (%), NMI × 100")
-    other.set_ylabel("transferability: linear probe, top-1 (%)")
+            _line(side, band, label, next(looks), factor)
+    axes.set_ylabel("Recall@1 (%), NMI × 100")
+    other.set_ylabel(NAMES[PROBE])
     other.spines["right"].set_visible(True)
     _finish(axes, data, [init])
     handles = [line for side in (axes, other) for line in side.get_legend_handles_labels()[0]]
@@ -249,30 +250,39 @@ def plane(data: Data) -> Drawn | None:
     )  # fmt: skip
 
 
-def compared(data: Data) -> Drawn | None:
-    """Draw the methods over each other, mean ± std over seeds, a panel a quantity."""
-    wanted = [(RECALL, data.source, "train")]
-    wanted += [(metric, name, "") for name in data.targets for metric in (PROBE, XT, TY)]
-    shown = {key: {init: series(data, init, *key) for init in data.inits} for key in wanted}
-    shown = {key: bands for key, bands in shown.items() if any(b.epochs for b in bands.values())}
-    if not shown:
-        return None
-    figure = Figure(figsize=(WIDTH, 0.4 + PANEL * len(shown)), layout="constrained")
-    panels = figure.subplots(len(shown), 1, squeeze=False, sharex=True)[:, 0]
-    looks = styles(data.inits)
-    for axes, ((metric, name, _), bands) in zip(panels, shown.items(), strict=True):
-        for init, band in bands.items():
-            _line(axes, band, init, looks[init])
-        axes.set_title(f"{name}{' (source, train)' if name == data.source else ''}", loc="left")
-        axes.set_ylabel(NAMES[metric])
-        _finish(axes, data, data.inits, last=axes is panels[-1])
-    _legend(figure, panels[0].get_legend_handles_labels()[0])
-    counts = {init: len(bands[init].seeds) for init in data.inits}
-    return Drawn(
-        "compared", figure,
-        f"{_listed(data.inits)} against epochs: mean and, as a band, ± one standard deviation over "
-        f"seeds ({', '.join(f'{init} {count}' for init, count in counts.items())})",
-    )  # fmt: skip
+def compared(data: Data) -> list[Drawn]:
+    """Draw the methods over each other, mean ± std over seeds; a figure a data set."""
+    figures = []
+    for name in (data.source, *data.targets):
+        is_source = name == data.source
+        wanted = [(RECALL, "train"), (NMI, "train")] if is_source else [(PROBE, "")]
+        wanted += [(XT, ""), (TY, "")]
+        bands = {
+            metric: {init: series(data, init, metric, name, split) for init in data.inits}
+            for metric, split in wanted
+        }
+        bands = {m: found for m, found in bands.items() if any(b.epochs for b in found.values())}
+        if not bands:
+            continue
+        figure = Figure(figsize=(WIDTH, 0.6 + PANEL * len(bands)), layout="constrained")
+        panels = figure.subplots(len(bands), 1, squeeze=False, sharex=True)[:, 0]
+        looks = styles(data.inits)
+        for axes, (metric, found) in zip(panels, bands.items(), strict=True):
+            for init, band in found.items():
+                _line(axes, band, init, looks[init])
+            axes.set_ylabel(NAMES[metric])
+            _finish(axes, data, data.inits, last=axes is panels[-1])
+        panels[0].set_title(f"{name} ({'source' if is_source else 'target'})", loc="left")
+        _legend(figure, panels[0].get_legend_handles_labels()[0])
+        counts = [f"{init} {len(band.seeds)}" for init, band in found.items()]
+        figures.append(
+            Drawn(
+                f"compared_{name}", figure,
+                f"{_listed(data.inits)} on {name} against epochs: mean and, as a band, ± one "
+                f"standard deviation over seeds (their number: {', '.join(counts)})",
+            )
+        )  # fmt: skip
+    return figures
 
 
 def correlated(data: Data) -> Drawn | None:
@@ -332,18 +342,15 @@ def _line(axes: Any, band: Band, label: str, style: Style, factor: float = 1.0) 
 
 def _finish(axes: Any, data: Data, inits: Sequence[str], last: bool = True) -> None:
     for epoch in {data.boundaries[init] for init in inits if init in data.boundaries}:
-        axes.axvline(epoch, color=INK, linewidth=0.8, linestyle=":", label="_boundary")
-        axes.annotate(
-            "stage 2", (epoch, 1), (3, -2), xycoords=("data", "axes fraction"),
-            textcoords="offset points", fontsize=7, va="top", color=INK,
-        )  # fmt: skip
+        axes.axvline(epoch, color=INK, linewidth=0.9, linestyle=":", label=BOUNDARY)
     axes.grid(axis="y")
     if last:
         axes.set_xlabel("epoch")
 
 
 def _legend(figure: Figure, handles: Sequence[Any]) -> None:
-    columns = min(2, len(handles)) or 1
+    longest = max((len(handle.get_label()) for handle in handles), default=0)
+    columns = 2 if len(handles) > 1 and longest <= 19 else 1  # what fits one column of a paper
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
 
 

@@ -101,17 +101,17 @@ def test_the_newest_of_two_rows_counts_and_protocols_stay_apart() -> None:
 
 def test_tradeoff_has_discriminability_left_transferability_right_and_the_boundary() -> None:
     left, right = drawn("tradeoff_ctc", rows()).figure.axes
-    assert lines(left)["Recall@1"].get_ydata() == pytest.approx([e + 101.65 for e in EPOCHS])
-    assert lines(left)["NMI × 100"].get_ydata() == pytest.approx(
+    assert lines(left)["← Recall@1"].get_ydata() == pytest.approx([e + 101.65 for e in EPOCHS])
+    assert lines(left)["← NMI × 100"].get_ydata() == pytest.approx(
         [100 * (e + 101.75) for e in EPOCHS]
     )
-    assert list(lines(right)) == ["tgt"]
-    assert lines(right)["tgt"].get_ydata() == pytest.approx([e + 101.8 for e in EPOCHS])
-    assert lines(left)["_boundary"].get_xdata() == [20, 20]
-    assert "discriminability" in left.get_ylabel()
+    assert list(lines(right)) == ["tgt →"]
+    assert lines(right)["tgt →"].get_ydata() == pytest.approx([e + 101.8 for e in EPOCHS])
+    assert lines(left)["start of stage 2"].get_xdata() == [20, 20]
+    assert left.get_ylabel() == "Recall@1 (%), NMI × 100"
     assert "top-1 (%)" in right.get_ylabel()
     assert left.get_xlabel() == "epoch"
-    assert "_boundary" not in lines(drawn("tradeoff_ce", rows()).figure.axes[0])
+    assert "start of stage 2" not in lines(drawn("tradeoff_ce", rows()).figure.axes[0])
 
 
 def test_information_shows_source_and_target_in_nats() -> None:
@@ -136,20 +136,21 @@ def test_plane_pairs_both_informations_of_an_epoch_and_colours_by_it() -> None:
 
 
 def test_methods_are_compared_with_bands_over_seeds() -> None:
-    figure = drawn("compared", rows()).figure
-    titles = [axes.get_title("left") for axes in figure.axes]
-    assert titles == ["src (source, train)", "tgt", "tgt", "tgt"]
-    probe = figure.axes[1]
-    assert list(lines(probe))[:2] == ["ce", "ctc"]
+    probe, xt, ty = drawn("compared_tgt", rows()).figure.axes
+    assert xt.get_ylabel() == "I(X;T) (nat)"
+    assert ty.get_ylabel() == "I(T;Y) (nat)"
+    assert list(lines(probe)) == ["ce", "ctc", "start of stage 2"]
+    source = drawn("compared_src", rows()).figure.axes
+    assert [axes.get_ylabel() for axes in source][:2] == ["Recall@1 (%)", "NMI (0…1)"]
     band = probe.collections[0].get_paths()[0].vertices
     assert band[:, 1].min() == pytest.approx(0 + 1.8 - 3 / math.sqrt(2))
     assert band[:, 1].max() == pytest.approx(30 + 1.8 + 3 / math.sqrt(2))
-    assert "2" in drawn("compared", rows()).description
-    assert not any(one.name == "compared" for one in timeline_figures(rows(("ce",))))
+    assert "ce 2, ctc 2" in drawn("compared_tgt", rows()).description
+    assert not any("compared" in one.name for one in timeline_figures(rows(("ce",))))
 
 
 def test_methods_differ_in_colour_and_in_dash_or_marker() -> None:
-    found = lines(drawn("compared", rows()).figure.axes[0])
+    found = lines(drawn("compared_tgt", rows()).figure.axes[0])
     assert to_hex(found["ce"].get_color()) != to_hex(found["ctc"].get_color())
     assert found["ce"].get_marker() != found["ctc"].get_marker()
 
@@ -168,8 +169,8 @@ def test_correlation_takes_every_checkpoint_but_the_untrained() -> None:
 def test_figures_fit_one_column_and_are_written_in_both_formats(tmp_path: Path) -> None:
     found = timeline_figures(rows())
     assert [one.name for one in found] == [
-        "tradeoff_ce", "tradeoff_ctc", "information_ce", "information_ctc", "plane", "compared",
-        "correlation",
+        "tradeoff_ce", "tradeoff_ctc", "information_ce", "information_ctc", "plane",
+        "compared_src", "compared_tgt", "correlation",
     ]  # fmt: skip
     assert all(one.figure.get_figwidth() <= 3.5 for one in found)
     few = [r for r in rows(("ce",), (0,)) if r.metric in ("recall@1", "linear/top1")]
