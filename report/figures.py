@@ -94,7 +94,7 @@ def trials_figure(table: Table, metric: str, style: dict[str, Style]) -> Figure:
                 )  # fmt: skip
             axes.plot(
                 values, [place] * len(values), linestyle="", marker=look.marker, markersize=5.5,
-                color=look.colour, alpha=0.75, markeredgewidth=0,
+                color=look.colour, alpha=0.9, markeredgewidth=0,
             )  # fmt: skip
             axes.annotate(
                 number(cell.mean, table.decimals), (cell.mean or 0.0, place), (0, 8),

@@ -51,6 +51,15 @@ class Strip:
 
 
 @dataclasses.dataclass(frozen=True)
+class Gallery:
+    """The strips, the score from which predictions are drawn, and what is to be said about it."""
+
+    strips: tuple[Strip, ...]
+    score: float
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class _Truth:
     """COCO-format ground truth, indexed by image."""
 
@@ -64,9 +73,7 @@ class _Truth:
         return COLOURS[place % len(COLOURS)]
 
 
-def draw_gallery(
-    runs: Sequence[Run], labels: dict[str, str], images: int, score: float
-) -> tuple[list[Strip], str]:
+def draw_gallery(runs: Sequence[Run], labels: dict[str, str], images: int, score: float) -> Gallery:
     """Draw the same few images for every initialisation.
 
     Args:
@@ -74,28 +81,36 @@ def draw_gallery(
             runs that were evaluated on the data of the first run.
         labels: initialisation → words under its pictures; also their order.
         images: how many, evenly spaced over the images that show 2 to 8 objects.
-        score: predictions below it are not drawn.
-
-    Returns:
-        The strips, and why there are none or fewer ("" where all is well).
+        score: predictions below it are not drawn; where nothing at all reaches it, 3/4 of the
+            highest score takes its place, for all initialisations alike, and the note says so.
     """
     drawable = _one_per_init(runs, labels)
     if not drawable:
-        return [], "No run keeps its detections and where its images lie."
+        return Gallery((), score, "No run keeps its detections and where its images lie.")
     first = drawable[0].dataset or {}
     try:
         truth = _read_truth(Path(first["json"]), Path(first["images"]))
         results = {run.init: _by_image(run.detections) for run in drawable if run.detections}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return [], f"The images cannot be drawn here: {error}."
+        return Gallery((), score, f"The images cannot be drawn here: {error}.")
+    chosen, notes = _choose(truth, images), []
+    highest = max(
+        (d["score"] for found in results.values() for i in chosen for d in found.get(i["id"], [])),
+        default=0.0,
+    )
+    if 0 < highest < score:
+        notes.append(f"Nothing in these images reaches a score of {score:g}.")
+        score = round(0.75 * highest, 2)
     strips, missing = [], 0
-    for image in _choose(truth, images):
+    for image in chosen:
         picture = cv2.imread(str(truth.folder / image["file_name"]))
         if picture is None:
             missing += 1
             continue
         strips.append(_strip(image, picture, truth, results, labels, score))
-    return strips, f"{missing} images are not in {truth.folder}." if missing else ""
+    if missing:
+        notes.append(f"{missing} images are not in {truth.folder}.")
+    return Gallery(tuple(strips), score, " ".join(notes))
 
 
 def _one_per_init(runs: Sequence[Run], labels: dict[str, str]) -> list[Run]:

@@ -60,7 +60,6 @@ def render(runs: Sequence[Run], tables: Sequence[Table], folder: Path, page: Pag
     style = styles(inits)
     labels = {init: page.options.labels.get(init) or init for init in dict.fromkeys(inits)}
     keep = _FigureKeeper(folder / "figures")
-    strips, no_gallery = draw_gallery(runs, labels, page.images, page.score)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=True,
@@ -76,8 +75,7 @@ def render(runs: Sequence[Run], tables: Sequence[Table], folder: Path, page: Pag
         made=now.strftime("%d %B %Y, %H:%M UTC").lstrip("0"),
         codes=[short_code(code) for code in codes],
         tables=[_view(n, table, style, page, keep) for n, table in enumerate(tables)],
-        strips=strips,
-        no_gallery=no_gallery,
+        gallery=draw_gallery(runs, labels, page.images, page.score),
         curves=_drawn(curve_groups(runs), style, labels, keep),
         provenance=provenance(runs, labels),
         configs=[(f"{r.path.parent.name}/{r.path.name}", r.config) for r in runs if r.config],

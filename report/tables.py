@@ -187,7 +187,9 @@ def _table(rows: list[ResultRow], options: Options, reference: Reference) -> Tab
     if any(len(line.seeds) > 1 for line in lines):
         notes.append("Mean ± sample standard deviation over seeds.")
     elif lines:
-        notes.append("One trial per row: the spread over seeds is not known.")
+        notes.append(
+            "One trial per row: the spread over seeds is not known, differences may be noise."
+        )
     notes += reference.protocol_notes.get((first.dataset, first.protocol), ())
     if why_not:
         notes.append(why_not)

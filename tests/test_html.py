@@ -161,20 +161,32 @@ def test_figures_on_the_page_take_its_ink(page: Path):
 
 def test_gallery_shows_the_same_images_and_says_when_nothing_is_above_the_score(tmp_path: Path):
     runs = find_runs([fabricate_suite(tmp_path, ("random", "ce"))])
-    strips, why = draw_gallery(runs, {"ce": "CE", "random": "random"}, images=2, score=0.5)
-    assert not why
+    gallery = draw_gallery(runs, {"ce": "CE", "random": "random"}, images=2, score=0.5)
+    strips = gallery.strips
+    assert not gallery.note
     assert [p.title for p in strips[0].pictures] == ["ground truth", "CE", "random"]
     assert strips[0].pictures[1].note == "1 at score ≥ 0.5"
     assert strips[0].pictures[2].note == "none; highest score 0.30"
     assert strips[0].pictures[2].uri != strips[0].pictures[1].uri
 
 
+def test_where_nothing_reaches_the_score_a_lower_one_serves_all_and_is_said(tmp_path: Path):
+    runs = find_runs([fabricate_suite(tmp_path, ("random", "ce"))])  # scores 0.3 and 0.6
+    gallery = draw_gallery(runs, {}, images=2, score=0.9)
+    assert gallery.score == 0.45
+    assert "Nothing in these images reaches a score of 0.9" in gallery.note
+    assert [p.note for p in gallery.strips[0].pictures[1:]] == [
+        "none; highest score 0.30",
+        "1 at score ≥ 0.45",
+    ]
+
+
 def test_gallery_without_the_images_says_so(tmp_path: Path):
     runs = find_runs([fabricate_suite(tmp_path, ("ce",))])
     shutil.rmtree(tmp_path / "data")
-    strips, why = draw_gallery(runs, {}, images=2, score=0.5)
-    assert strips == []
-    assert "cannot be drawn" in why
+    gallery = draw_gallery(runs, {}, images=2, score=0.5)
+    assert not gallery.strips
+    assert "cannot be drawn" in gallery.note
 
 
 def test_masks_from_polygon_rle_and_box_agree():
