@@ -7,17 +7,23 @@ L_IAS of image i is logsumexp_j(u_i·M_j/τ) − u_i·M_i/τ, and its gradient w
 bank as keys and values. One online-softmax pass gives both, in O(B·D) memory.
 """
 
+import functools
 import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from core import dist
+from pretrain.products import similarities, weighted_sums
 
 LOG2_E = math.log2(math.e)
 EXCLUDED = -1e30  # a logit that stands for −inf, without its NaNs
-CHUNK = 2048  # bank rows in one pass of the fallback: B×C logits and C×D rows stay in the cache
+KERNELS = ("auto", "chunks", "fused")
+CHUNK = 4096  # bank rows of a pass on a CPU: B×C logits and C×D rows stay in its cache
+DEVICE_CHUNK = 32768  # and on a GPU, where each pass costs its launches
+HEADS = 128  # parts of the bank that a fused kernel works on at the same time
 
 
 def attend(
@@ -27,18 +33,67 @@ def attend(
 
     Args:
         queries: q, B×D. rows: M, N×D, of any float dtype. scale: 1/τ.
-        kernel: "auto", or "chunks" for the fallback.
+        kernel: "chunks" multiplies chunk by chunk and serves everywhere; "fused" is torch's own
+            attention kernel; "auto" takes the latter on GPUs, where it is there and as exact. On
+            CPUs chunks are faster.
     """
-    return _attend_in_chunks(queries, rows, scale)
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel {kernel!r} is not one of {', '.join(KERNELS)}")
+    if kernel == "auto":
+        on_gpu = queries.device.type == "cuda"
+        kernel = "fused" if on_gpu and fused_serves(queries.device, queries.shape[1]) else "chunks"
+    return (_attend_fused if kernel == "fused" else _attend_in_chunks)(queries, rows, scale)
+
+
+@functools.cache
+def fused_serves(device: torch.device, dim: int) -> bool:
+    """Return whether a device's fused kernel takes float32 rows of ``dim`` and is exact enough."""
+    generator = torch.Generator().manual_seed(0)
+    queries, rows = (
+        F.normalize(torch.randn(n, dim, generator=generator), dim=1).to(device) for n in (3, 700)
+    )
+    try:
+        lse, mean = _attend_fused(queries, rows, 10.0)
+    except (RuntimeError, NotImplementedError):
+        return False
+    expected_lse, expected_mean = _attend_in_chunks(queries, rows, 10.0)
+    near = torch.allclose(lse, expected_lse, rtol=1e-5, atol=1e-5)
+    return near and torch.allclose(mean, expected_mean, rtol=1e-4, atol=1e-6)
+
+
+def chunk_of(device: torch.device) -> int:
+    """Return how many bank rows one pass takes on a device."""
+    return CHUNK if device.type == "cpu" else DEVICE_CHUNK
 
 
 def _attend_in_chunks(queries: Tensor, rows: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     state = OnlineSoftmax(queries)
     scaled = queries * (scale * LOG2_E)
-    for low in range(0, len(rows), CHUNK):
-        keys = rows[low : low + CHUNK].to(queries.dtype)
-        state.add(None, scaled @ keys.T, None, keys)
+    for part in rows.split(chunk_of(rows.device)):
+        keys = part.to(queries.dtype)
+        state.add(None, similarities(scaled, keys), None, keys)
     return state.result()
+
+
+def _attend_fused(queries: Tensor, rows: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Give parts of the bank to a fused kernel as heads, so that all cores work; merge them."""
+    images, heads = len(queries), max(1, min(HEADS, len(rows) // 64))
+    length = len(rows) // heads
+    keys = rows[: heads * length].view(1, heads, length, -1).to(queries.dtype)
+    spread = queries[None, None].expand(1, heads, *queries.shape)
+    if queries.device.type == "cpu":
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        means, lses = flash(spread, keys, keys, 0.0, False, scale=scale)[:2]  # 1×H×B×D
+    else:
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        means, lses = efficient(spread, keys, keys, None, True, 0.0, False, scale=scale)[:2]
+    lse = lses.reshape(heads, -1)[:, :images]  # a kernel may pad the images
+    mean = means[0]
+    if heads * length < len(rows):
+        rest = _attend_in_chunks(queries, rows[heads * length :], scale)
+        lse, mean = torch.cat([lse, rest[0][None]]), torch.cat([mean, rest[1][None]])
+    total = torch.logsumexp(lse, dim=0)
+    return total, (mean * torch.exp(lse - total)[:, :, None]).sum(dim=0)
 
 
 class OnlineSoftmax:
@@ -60,6 +115,9 @@ class OnlineSoftmax:
 
         ``counted``, b×C: 1 where a logit counts, else 0.
         """
+        if images is None and counted is None:
+            self._add_all(logits, keys)
+            return
         if counted is not None:
             logits.sub_(1.0 - counted, alpha=-EXCLUDED)
         before = of_images(self.largest, images)
@@ -69,13 +127,22 @@ class OnlineSoftmax:
         if counted is not None:
             weights.mul_(counted)  # where nothing has counted so far
         total = of_images(self.total, images) * kept + weights.sum(dim=1, keepdim=True)
-        weighted = torch.addmm(of_images(self.weighted, images) * kept, weights, keys)
+        weighted = of_images(self.weighted, images) * kept + weighted_sums(weights, keys)
         if images is None:
             self.largest, self.total, self.weighted = largest, total, weighted
         else:
             self.largest.index_copy_(0, images, largest)
             self.total.index_copy_(0, images, total)
             self.weighted.index_copy_(0, images, weighted)
+
+    def _add_all(self, logits: Tensor, keys: Tensor) -> None:
+        """``add`` where all counts, in as few operations as there can be."""
+        largest = torch.maximum(self.largest, logits.amax(dim=1, keepdim=True))
+        kept = self.largest.sub_(largest).exp2_()
+        weights = logits.sub_(largest).exp2_()
+        self.total.mul_(kept).add_(weights.sum(dim=1, keepdim=True))
+        self.weighted.mul_(kept).add_(weighted_sums(weights, keys))
+        self.largest = largest
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Return logsumexp, B (−inf of nothing), and the weighted mean row, B×D (0 of nothing)."""

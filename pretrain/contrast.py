@@ -19,11 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core import dist
-from pretrain.attention import LOG2_E, OnlineSoftmax, merge_over_ranks, of_images
+from pretrain.attention import LOG2_E, OnlineSoftmax, chunk_of, merge_over_ranks, of_images
 from pretrain.losses import nce_constant, nce_shift
 from pretrain.negatives import Windows
-
-CHUNK = 2048
+from pretrain.products import similarities, weighted_sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +60,7 @@ class NoiseContrast:
         if self.odds is not None:
             _grow(self.odds, images, odds.sum(dim=1))
         value = odds + 1.0
-        _grow(self.weighted, images, odds.div_(value) @ keys)
+        _grow(self.weighted, images, weighted_sums(odds.div_(value), keys))
         _grow(self.total, images, value.log_().sum(dim=1))
 
     def log_sum(self) -> Tensor:
@@ -83,7 +82,7 @@ class CarefulNoiseContrast(NoiseContrast):
         logits.sub_(of_images(self.shift, images)).div_(LOG2_E)
         logits.masked_fill_(counted == 0, float("-inf"))
         _grow(self.total, images, F.softplus(logits).sum(dim=1))
-        _grow(self.weighted, images, logits.sigmoid_() @ keys)
+        _grow(self.weighted, images, weighted_sums(logits.sigmoid_(), keys))
 
     def log_sum(self) -> Tensor:
         return self.softmax.result()[0]
@@ -263,15 +262,14 @@ def _pass_over(
     every = [dist.gather_rows(e) if settings.sharded else e for e in embeddings]
     queries = [e.detach() * (LOG2_E / settings.temperature) for e in every]
     gathered = [make(number, query) for number, query in enumerate(queries)]
-    readers = [Rows(bank, queries[0].dtype, CHUNK) for bank in banks]
-    logits = queries[0].new_empty(len(queries[0]) * CHUNK)
+    chunk, dtype = chunk_of(queries[0].device), queries[0].dtype
+    readers = [Rows(bank, dtype, chunk) for bank in banks]
     for stratum in windows:
-        for rows, images, counted in stratum.chunks(CHUNK, logits.dtype):
+        for rows, images, counted in stratum.chunks(chunk, dtype):
             for query, reader, state in zip(queries, readers, gathered, strict=True):
                 keys = reader.read(rows)  # C×D
-                product = logits[: counted.numel()].view(counted.shape)  # b×C
-                torch.mm(of_images(query, images), keys.T, out=product)
-                state.add(images, product, counted, keys)
+                logits = similarities(of_images(query, images), keys)  # b×C
+                state.add(images, logits, counted, keys)
     return gathered
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain import attention, contrast, losses
+from pretrain import attention, losses
 from pretrain.attention import attend, bank_instance_loss
 from pretrain.contrast import Settings, contrast_losses, first_log_z
 from pretrain.negatives import Drawer, Windows, make_drawer
@@ -26,7 +26,6 @@ def unit(*shape: int) -> Tensor:
 @pytest.fixture(params=[1, 16, 4096], autouse=True)
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Whatever the chunks, the results are the same."""
-    monkeypatch.setattr(contrast, "CHUNK", request.param)
     monkeypatch.setattr(attention, "CHUNK", request.param)
     return int(request.param)
 
@@ -118,6 +117,27 @@ def test_first_z_is_the_mean_over_positives_and_negatives(batch: dict[str, Tenso
     torch.testing.assert_close(again.double(), log_z, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [0.001, 0.049])
+def test_very_low_temperatures_do_not_overflow(
+    batch: dict[str, Tensor], temperature: float
+) -> None:
+    """Below 0.05 odds may exceed float32; there the careful kernel serves."""
+    narrow = {k: x.float() if x.is_floating_point() else x for k, x in batch.items()}
+    windows, log_z = windows_of(batch, DRAWERS["per_sample"]), torch.tensor([3.0, 2.0])
+    tracked = Settings(temperature, N, track_z=True)
+    banks = (narrow["bank_t"], narrow["bank_v"])
+    own = (banks[0][batch["index"]], banks[1][batch["index"]])
+    embeddings = (narrow["v"], narrow["t"])
+    *values, z = contrast_losses(embeddings, own, banks, windows, tracked, log_z)
+    torch.testing.assert_close(z, first_log_z(embeddings, own, banks, windows, tracked))
+    contrasted = torch.cat([batch["index"][:, None], windows[0].listed()], dim=1)
+    for value, embedding, rows, one_z in zip(values, embeddings, banks, log_z, strict=True):
+        plain = losses.preservation_loss(
+            embedding.double(), rows.double(), contrasted, temperature, log_z=one_z, share=20 / N
+        )
+        torch.testing.assert_close(value.double(), plain, rtol=1e-5, atol=1e-3)
+
+
 @pytest.mark.parametrize("estimator", losses.ESTIMATORS)
 def test_float32_loses_nothing_that_matters(batch: dict[str, Tensor], estimator: str) -> None:
     windows, log_z = windows_of(batch, DRAWERS["per_sample"]), torch.tensor([5.0, 6.5]).double()
@@ -137,6 +157,17 @@ def test_instance_loss_equals_the_materialised_one(batch: dict[str, Tensor]) -> 
     (ours,) = torch.autograd.grad((quick * weights).sum(), u)
     (theirs,) = torch.autograd.grad((slow * weights).sum(), u)
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_the_fused_kernel_equals_the_chunks(
+    batch: dict[str, Tensor], heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "HEADS", heads)
+    queries, rows = batch["v"].detach(), unit(64 * 3 + 5, E)  # 5 rows do not divide by 3
+    ours, theirs = (attend(queries, rows, 5.0, kernel) for kernel in ("chunks", "fused"))
+    torch.testing.assert_close(ours[0], theirs[0])
+    torch.testing.assert_close(ours[1], theirs[1])
 
 
 def test_attention_survives_logits_far_beyond_exp(batch: dict[str, Tensor]) -> None:
