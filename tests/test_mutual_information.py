@@ -234,6 +234,17 @@ def test_the_benchmarks_plain_way_is_the_same_estimator() -> None:
     assert _plain(x, y, settings, 0) == pytest.approx(ours, abs=ERROR)
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_jobs_agree_with_the_cpu_within_noise() -> None:
+    x, first = gaussians(3, 0.6)
+    second = gaussians(3, 0.3, seed=5)[1]
+    for estimator in mi.ESTIMATORS:
+        found = estimate_jobs(x.to("cuda"), [first.to("cuda"), second.to("cuda")], estimator, QUICK)
+        for job, y in zip(found, (first, second), strict=True):
+            alone = estimate(x, y, estimator, QUICK)
+            assert job.nats == pytest.approx(alone.nats, abs=ERROR)
+
+
 def test_seeds_reproduce_and_differ_and_global_random_state_is_left_alone() -> None:
     x, y = gaussians(2, 0.5, 500)
     settings = dataclasses.replace(QUICK, iterations=40, batch=100)

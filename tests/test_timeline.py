@@ -333,8 +333,9 @@ def test_the_tool_walks_draws_and_reports_what_was_unreadable(
     assert done.returncode == 1, done.stderr
     assert "unreadable: epoch_0002.pth" in done.stderr
     assert "expected time" in done.stdout
+    assert "epoch 1  tiny/train  recall@1" in done.stderr
     assert (tmp_path / "drawn" / "tradeoff_ctc.svg").exists()
     assert {row.epoch for row in read_rows(run / "results.jsonl")} == {0, 1}
-    bad = run_tool("run_analysis.py", "--run", run, "--config", config, "information.lr", "1")
+    bad = run_tool("run_analysis.py", "--run", run, "--config", config, "information.xt.batch", "1")
     assert bad.returncode == 2
-    assert "unknown key 'information.lr'" in bad.stderr
+    assert "batch" in bad.stderr

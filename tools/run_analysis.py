@@ -15,6 +15,10 @@ import _checkout  # isort:skip
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from core.results import ResultRow
 
 
 def parse() -> argparse.Namespace:
@@ -56,11 +60,16 @@ def walk(run: Path, arguments: argparse.Namespace) -> bool:
     """Measure one run; return whether epochs were missing or unreadable."""
     from analysis.costs import expected_cost
     from analysis.timeline import Timeline, TimelineConfig, summary
-    from core.config import find_config, load_config
+    from core.config import InputError, find_config, load_config
     from core.progress import Progress, format_seconds
 
     name = find_config(arguments.config, "analysis")
-    config = load_config(TimelineConfig, name, arguments.overrides, "analysis")
+    try:
+        config = load_config(TimelineConfig, name, arguments.overrides, "analysis")
+    except InputError:
+        raise
+    except ValueError as error:  # a value that analysis.mutual_information.Settings refuses
+        raise InputError(f"{name}: information: {error}") from None
     timeline = Timeline(run, config, name.stem, arguments.init)
     todo = timeline.todo()
     print("\n".join(summary(timeline, todo)), flush=True)
@@ -72,14 +81,23 @@ def walk(run: Path, arguments: argparse.Namespace) -> bool:
     if todo and not arguments.dry_run:
         with Progress(len(todo), f"analysis {run.name}") as bar:
             for rows in timeline.work():
-                last = rows[-1]
-                units = len({row.epoch for row in rows})
-                bar.update(units, epoch=str(last.epoch), **{last.metric: last.value or 0.0})
+                for row in rows:
+                    bar.say(line(row))
+                bar.update(len({row.epoch for row in rows}), epoch=str(rows[-1].epoch))
         print(f"rows: {run / 'results.jsonl'}")
     absent = timeline.survey.missing or timeline.survey.unreadable
     for sentence in timeline.survey.sentences() if absent else ():
         print(sentence, file=sys.stderr)
     return bool(absent)
+
+
+def line(row: "ResultRow") -> str:
+    """Return a row as one line, with its spread over seeds and, for InfoNCE, its cap."""
+    value = f"{row.value:.4g}" if row.value is not None else "–"
+    std = f" ± {row.details['std']:.2g}" if row.details.get("std") else ""
+    cap = f" (cap log N = {row.details['cap']:.4g})" if "cap" in row.details else ""
+    unit = "" if row.unit == "1" else f" {row.unit}"
+    return f"epoch {row.epoch}  {row.dataset}/{row.split}  {row.metric} {value}{std}{unit}{cap}"
 
 
 def draw(arguments: argparse.Namespace) -> None:
