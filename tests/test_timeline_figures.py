@@ -9,6 +9,7 @@ from matplotlib.colors import to_hex
 
 from core.config import InputError
 from core.results import ResultRow
+from report.figures import inline_svg
 from report.timeline_figures import (
     Drawn,
     correlation,
@@ -182,3 +183,11 @@ def test_figures_fit_one_column_and_are_written_in_both_formats(tmp_path: Path) 
 def test_no_rows_is_said() -> None:
     with pytest.raises(InputError, match="no rows of step analysis"):
         timeline_figures([])
+
+
+def test_figures_stand_in_a_page_without_outside_addresses() -> None:
+    one = drawn("plane", rows(("ce",), (0,)))
+    svg = inline_svg(one.figure, one.name, one.description)
+    assert svg.startswith("<svg")
+    assert "http" not in svg
+    assert "coloured by epoch" in svg
