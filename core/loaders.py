@@ -52,7 +52,8 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.batches:
             if isinstance(batch, InputError):
-                raise batch
+                self.batches._iterator = None  # else workers would live on in the traceback
+                raise InputError(str(batch))
             yield batch[0], batch[1], batch[2]
 
 
