@@ -29,9 +29,12 @@ from core.results import ResultRow, append_rows, code_version, config_hash, sha2
 from pretrain.objectives import CTC, CEConfig, CrossEntropy, CTCConfig
 
 METHODS = ("random", "ce", "ctc")
-WITHOUT_EFFECT = {  # keys that a resume may change: no weight depends on them
+WITHOUT_EFFECT: dict[
+    str, tuple[str, ...]
+] = {  # keys that a resume may change: no weight depends on them
     "loop": ("device", "save_every", "resume_every", "eval_every", "log_every"),
     "data": ("workers", "root"),
+    "": ("recipe", "init"),
 }
 
 
@@ -39,6 +42,8 @@ WITHOUT_EFFECT = {  # keys that a resume may change: no weight depends on them
 class PretrainConfig:
     """A pretraining recipe."""
 
+    recipe: str = ""  # its name in result rows; the tool sets the file's
+    init: str = ""  # the initialisation's name in tables; "": the method
     method: str = "ce"  # ce, ctc, or random: only the initialisation is saved, as epoch 0
     arch: str = "resnet50"  # a key of core.resnet.ARCHITECTURES
     seed: int = 1  # of weights, order, augmentation, negatives
@@ -48,23 +53,14 @@ class PretrainConfig:
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """Where a pretraining goes, and under which names its number is filed."""
-
-    folder: Path
-    protocol: str  # the recipe's name
-    init: str  # the initialisation's name in tables
-
-
-def pretrain(config: PretrainConfig, run: Run, resume_run: bool = False) -> Path:
-    """Train and return the path of the last checkpoint.
+def pretrain(config: PretrainConfig, folder: Path, resume_run: bool = False) -> Path:
+    """Train into a run folder and return the path of the last checkpoint.
 
     Raises:
         InputError: a recipe, data set or folder that does not fit; nothing has been written then.
     """
     device = dist.init(config.loop.device)
-    prepare_folder(run.folder, config, resume_run)
+    prepare_folder(folder, config, resume_run)
     torch.manual_seed(config.seed)
     dataset, held_out = open_data(config)
     objective = build_objective(config, dataset)
@@ -72,13 +68,13 @@ def pretrain(config: PretrainConfig, run: Run, resume_run: bool = False) -> Path
     if dist.is_main():
         print(describe(config, dataset, last, device), flush=True)
     if not resume_run:
-        write_config(config, run.folder)
-    path = checkpoint_path(run.folder, last)
+        write_config(config, folder)
+    path = checkpoint_path(folder, last)
     model: Any = objective.model
 
     def save_weights(epoch: int) -> None:
         facts = facts_of(config, dataset, epoch)
-        checkpoint.save_checkpoint(checkpoint_path(run.folder, epoch), model.state_dict(), facts)
+        checkpoint.save_checkpoint(checkpoint_path(folder, epoch), model.state_dict(), facts)
 
     scores: dict[int, float] = {}
 
@@ -93,7 +89,7 @@ def pretrain(config: PretrainConfig, run: Run, resume_run: bool = False) -> Path
         objective,
         dataset,
         config.loop,
-        run.folder,
+        folder,
         Hooks(save_weights, evaluate, batches),
         seed=config.seed,
         device=device,
@@ -102,26 +98,26 @@ def pretrain(config: PretrainConfig, run: Run, resume_run: bool = False) -> Path
         fingerprint=fingerprint(config),
     )
     if last in scores and dist.is_main():
-        record(config, run, held_out, path, scores[last])
+        record(config, folder, held_out, path, scores[last])
     elif resume_run and dist.is_main():
-        print(f"{run.folder} was finished already; nothing to do")
+        print(f"{folder} was finished already; nothing to do")
     dist.barrier()
     return path
 
 
-def plan(config: PretrainConfig, run: Run, resume_run: bool) -> str:
+def plan(config: PretrainConfig, folder: Path, resume_run: bool) -> str:
     """Return what ``pretrain`` would do, after all checks that need no training.
 
     Raises:
         InputError: as ``pretrain``.
     """
-    prepare_folder(run.folder, config, resume_run)
+    prepare_folder(folder, config, resume_run)
     dataset, _ = open_data(config)
     objective = build_objective(config, dataset)
     loop.check(config.loop, len(dataset))
     epochs = sum(stage.epochs for stage in objective.stages())
     sentence = describe(config, dataset, epochs, dist.pick_device(config.loop.device))
-    return f"{yaml.safe_dump(to_dict(config), sort_keys=False)}# {sentence}\n# into {run.folder}"
+    return f"{yaml.safe_dump(to_dict(config), sort_keys=False)}# {sentence}\n# into {folder}"
 
 
 def build_objective(config: PretrainConfig, dataset: IndexedDataset) -> Objective:
@@ -196,7 +192,7 @@ def fingerprint(config: PretrainConfig) -> str:
     content = to_dict(config)
     for group, keys in WITHOUT_EFFECT.items():
         for key in keys:
-            del content[group][key]
+            del (content[group] if group else content)[key]
     return config_hash(content)
 
 
@@ -223,25 +219,25 @@ def facts_of(config: PretrainConfig, dataset: IndexedDataset, epoch: int) -> che
 
 
 def record(
-    config: PretrainConfig, run: Run, held_out: IndexedDataset, path: Path, value: float
+    config: PretrainConfig, folder: Path, held_out: IndexedDataset, path: Path, value: float
 ) -> None:
     """Append the run's number to its ``results.jsonl``."""
     content = to_dict(config)
     row = ResultRow(
         step="pretrain",
-        protocol=run.protocol,
+        protocol=config.recipe,
         dataset=held_out.name,
         split=held_out.split,
         metric="top1",
         value=value,
         unit="%",
-        init=run.init,
+        init=config.init or config.method,
         seed=config.seed,
         epoch=int(path.stem.removeprefix("epoch_")),
         weights=sha256_of(path),
         weights_path=str(path),
         config=config_hash(content),
-        run=str(run.folder),
+        run=str(folder),
         details={
             "images": len(held_out),
             "world_size": dist.world_size(),
@@ -250,7 +246,7 @@ def record(
             "torch": torch.__version__,
         },
     )
-    append_rows(run.folder / "results.jsonl", [row])
+    append_rows(folder / "results.jsonl", [row])
 
 
 def describe(

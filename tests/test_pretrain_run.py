@@ -16,7 +16,7 @@ import torch
 from core import checkpoint
 from core.config import CONFIG_DIR, InputError, load_config
 from core.results import read_rows
-from pretrain.run import PretrainConfig, Run, plan, pretrain
+from pretrain.run import PretrainConfig, plan, pretrain
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [
@@ -36,8 +36,8 @@ def _config(data: Path, method: str, *overrides: str) -> PretrainConfig:
 def test_a_run_folder_holds_what_the_next_steps_read(
     tmp_path: Path, tiny_npz: Path, method: str, epochs: int
 ) -> None:
-    config = _config(tiny_npz, method)
-    path = pretrain(config, Run(tmp_path / "run", "recipe", "name"))
+    config = _config(tiny_npz, method, "init", "name", "recipe", "mine")
+    path = pretrain(config, tmp_path / "run")
     assert sorted(p.name for p in path.parent.iterdir()) == [
         f"epoch_{epoch:04d}.pth" for epoch in range(epochs + 1)
     ]
@@ -47,7 +47,8 @@ def test_a_run_folder_holds_what_the_next_steps_read(
     assert load_config(PretrainConfig, tmp_path / "run/config.yaml") == config
     if epochs:
         (row,) = read_rows(tmp_path / "run/results.jsonl")
-        assert (row.metric, row.split, row.init, row.epoch) == ("top1", "test", "name", epochs)
+        assert (row.metric, row.split, row.epoch) == ("top1", "test", epochs)
+        assert (row.init, row.protocol) == ("name", "mine")
         assert row.weights_path == str(path)
 
 
@@ -55,7 +56,11 @@ def test_the_initialisation_is_the_same_for_every_method(tmp_path: Path, tiny_np
     """Else a table would compare seeds, not methods."""
     first = []
     for method in ("random", "ce", "ctc"):
-        pretrain(_config(tiny_npz, method), Run(tmp_path / method, "r", method))
+        config = _config(
+            tiny_npz, method, "ce.stage.epochs", "0", "ctc.stage1.epochs", "0",
+            "ctc.stage2.epochs", "0",
+        )  # fmt: skip
+        pretrain(config, tmp_path / method)
         first.append(checkpoint.load_checkpoint(tmp_path / method / "checkpoints/epoch_0000.pth"))
     for other in first[1:]:
         assert all(torch.equal(v, other.model[k]) for k, v in first[0].model.items())
@@ -64,22 +69,22 @@ def test_the_initialisation_is_the_same_for_every_method(tmp_path: Path, tiny_np
 def test_a_fresh_start_wants_an_empty_folder_and_a_resume_its_own_recipe(
     tmp_path: Path, tiny_npz: Path
 ) -> None:
-    run = Run(tmp_path / "run", "r", "ce")
+    run = tmp_path / "run"
     with pytest.raises(InputError, match="nothing to resume"):
         pretrain(_config(tiny_npz, "ce"), run, resume_run=True)
     pretrain(_config(tiny_npz, "ce"), run)
-    before = sorted(p.stat().st_mtime_ns for p in run.folder.rglob("*"))
+    before = sorted(p.stat().st_mtime_ns for p in run.rglob("*"))
     with pytest.raises(InputError, match="not empty"):
         pretrain(_config(tiny_npz, "ce"), run)
     with pytest.raises(InputError, match="another recipe"):
         pretrain(_config(tiny_npz, "ce", "ce.stage.lr", "1"), run, resume_run=True)
-    assert sorted(p.stat().st_mtime_ns for p in run.folder.rglob("*")) == before
+    assert sorted(p.stat().st_mtime_ns for p in run.rglob("*")) == before
     pretrain(_config(tiny_npz, "ce", "loop.log_every", "1"), run, resume_run=True)  # no effect
-    assert len(read_rows(run.folder / "results.jsonl")) == 1
+    assert len(read_rows(run / "results.jsonl")) == 1
 
 
 def test_a_plan_writes_nothing(tmp_path: Path, tiny_npz: Path) -> None:
-    said = plan(_config(tiny_npz, "ctc"), Run(tmp_path / "run", "r", "ctc"), False)
+    said = plan(_config(tiny_npz, "ctc"), tmp_path / "run", False)
     assert "4 epochs = 12 steps of 16 images" in said
     assert not (tmp_path / "run").exists()
 
@@ -106,8 +111,8 @@ def test_killed_at_a_random_moment_and_resumed_equals_uninterrupted_bit_for_bit(
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert log.parent.exists()
-    more = ["--resume"]
-    subprocess.run(_command(tiny_npz, tmp_path / "cut", *more), check=True, env=environment)
+    again = [*_command(tiny_npz, tmp_path / "cut")[:5], "--resume"]  # its own recipe is in it
+    subprocess.run(again, check=True, env=environment)
     whole, cut = (
         torch.load(tmp_path / name / "resume.pth", weights_only=True) for name in ("whole", "cut")
     )

@@ -15,6 +15,10 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pretrain.run import PretrainConfig
 
 
 def parse() -> argparse.Namespace:
@@ -31,29 +35,40 @@ def parse() -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
-def main() -> int:
-    arguments = parse()
-    from core import dist
-    from core.config import ROOT, InputError, find_config, load_config
-    from core.loop import STOPPED_STATUS, NonFiniteLoss, Stopped
-    from pretrain import run
+def read_config(arguments: argparse.Namespace) -> "PretrainConfig":
+    """Return the recipe; a resumed run has its own, unless --config names one."""
+    from core.config import InputError, find_config, load_config
+    from pretrain.run import PretrainConfig
 
-    name = arguments.config or f"pretrain/{arguments.method}_shapes.yaml"
-    if arguments.method == "random" and not arguments.config:
-        name = "pretrain/ce_shapes.yaml"
-    recipe = find_config(name)
-    config = load_config(run.PretrainConfig, recipe, arguments.overrides)
-    if arguments.method == "random":
+    default = "ce" if arguments.method == "random" else arguments.method
+    recipe = find_config(arguments.config or f"pretrain/{default}_shapes.yaml")
+    own = arguments.output / "config.yaml" if arguments.output else None
+    if arguments.resume and not arguments.config and own and own.exists():
+        recipe = own
+    config = load_config(PretrainConfig, recipe, arguments.overrides)
+    if arguments.method == "random" and config.method == "ce":
         config = dataclasses.replace(config, method="random")
     elif config.method != arguments.method:
         raise InputError(f"{recipe} is a recipe for {config.method}, not for {arguments.method}")
-    output = arguments.output or ROOT / "runs" / f"{recipe.stem}-s{config.seed}"
-    place = run.Run(output, recipe.stem, arguments.init or arguments.method)
+    return dataclasses.replace(
+        config, recipe=config.recipe or recipe.stem, init=arguments.init or config.init
+    )
+
+
+def main() -> int:
+    arguments = parse()
+    from core import dist
+    from core.config import ROOT
+    from core.loop import STOPPED_STATUS, NonFiniteLoss, Stopped
+    from pretrain import run
+
+    config = read_config(arguments)
+    output = arguments.output or ROOT / "runs" / f"{config.recipe}-s{config.seed}"
     if arguments.dry_run:
-        print(run.plan(config, place, arguments.resume))
+        print(run.plan(config, output, arguments.resume))
         return 0
     try:
-        path = run.pretrain(config, place, arguments.resume)
+        path = run.pretrain(config, output, arguments.resume)
         if dist.is_main():
             print(f"{path}\nnext: tools/convert_to_d2.py {path}")
     except Stopped as stopped:
