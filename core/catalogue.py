@@ -5,9 +5,10 @@ import difflib
 from collections.abc import Callable
 from pathlib import Path
 
-from core import readers, shapes
+from core import shapes
 from core.errors import InputError
-from core.readers import Request, Source
+from core.readers import plain, torchvision_sets
+from core.source import Request, Source
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_MEAN, CIFAR_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # CIFAR-100's
@@ -34,7 +35,7 @@ class DatasetInfo:
 
 DATASETS: dict[str, DatasetInfo] = {
     "shapes": DatasetInfo(
-        read=readers.read_shapes,
+        read=plain.read_shapes,
         how="drawn by this program",
         image_size=shapes.IMAGE_SIZE,
         resize_ratio=WHOLE_IMAGE,
@@ -43,7 +44,7 @@ DATASETS: dict[str, DatasetInfo] = {
         drawn=True,
     ),
     "cifar10": DatasetInfo(
-        read=readers.read_cifar10,
+        read=torchvision_sets.read_cifar10,
         how="unpack https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz in {root}, "
         "so that {root}/cifar-10-batches-py/data_batch_1 exists",
         image_size=32,
@@ -54,7 +55,7 @@ DATASETS: dict[str, DatasetInfo] = {
         std=(0.2470, 0.2435, 0.2616),
     ),
     "cifar100": DatasetInfo(
-        read=readers.read_cifar100,
+        read=torchvision_sets.read_cifar100,
         how="unpack https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz in {root}, "
         "so that {root}/cifar-100-python/train exists",
         image_size=32,
@@ -65,24 +66,24 @@ DATASETS: dict[str, DatasetInfo] = {
         std=CIFAR_STD,
     ),
     "imagenet": DatasetInfo(
-        read=readers.read_folder,
+        read=plain.read_folder,
         how="get ILSVRC2012 from https://image-net.org and sort it into "
         "{root}/train/WNID/*.JPEG and {root}/val/WNID/*.JPEG",
         counts={"train": 1_281_167, "val": 50_000},
         classes=1000,
     ),
     "folder": DatasetInfo(
-        read=readers.read_folder,
+        read=plain.read_folder,
         how="lay it out as {root}/{{train,val,test}}/CLASS/*.jpg, or as {root}/CLASS/*.jpg",
-        find_splits=readers.folder_splits,
+        find_splits=plain.folder_splits,
     ),
     "npz": DatasetInfo(
-        read=readers.read_npz,
+        read=plain.read_npz,
         how="{root} is one .npz file with x_train y_train x_test y_test classes "
         "(uint8 N×H×W×3, integers, names)",
         image_size=32,
         resize_ratio=WHOLE_IMAGE,
-        find_splits=readers.npz_splits,
+        find_splits=plain.npz_splits,
         mean=CIFAR_MEAN,
         std=CIFAR_STD,
     ),

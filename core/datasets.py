@@ -19,9 +19,9 @@ from core.config import ROOT
 from core.errors import InputError
 from core.loaders import evaluation_loader as evaluation_loader
 from core.loaders import training_loader as training_loader
-from core.readers import Request, Source, balanced_positions
 from core.sampler import EpochSampler as EpochSampler
 from core.seeds import mixed_array, torch_seeded
+from core.source import Request, Source, balanced_positions
 from core.transforms import AUGMENTATIONS, evaluation_view
 from core.transforms import normalise as normalise
 
@@ -125,7 +125,8 @@ def open_dataset(cfg: DataConfig, split: str, train: bool = False, seed: int = 0
     if held_out:
         fit, rest = hold_out(source.labels, cfg.val_fraction)
         source = source.subset(fit if split == "train" else rest)
-    source = source.subset(balanced_positions(source.labels, cfg.limit))
+    if 0 < cfg.limit < len(source):
+        source = source.subset(balanced_positions(source.labels, cfg.limit))
     return IndexedDataset(source, cfg, data_name(cfg), official, train, seed)
 
 

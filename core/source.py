@@ -1,0 +1,117 @@
+"""What a reader gives: labels at once, images one by one, and what went wrong in one sentence.
+
+N images, H×W pixels, K classes. Arrays on disk are N×H×W×3 RGB; a source holds N×3×H×W or paths.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from core.errors import InputError
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".webp", ".tif", ".tiff")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a reader is asked for."""
+
+    root: Path
+    split: str  # as the data set names it: "train", "val" or "test"
+    size: int  # side in pixels, for images that are drawn
+    limit: int  # how many images will be used, 0 for all; only a hint to draw no more
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Labels at once, images one by one."""
+
+    images: Tensor | list[Path]  # N×3×H×W uint8, or N files
+    labels: Tensor  # N int64 in 0..K-1; or N×K of 1, 0 and −1 (not to be judged): several an image
+    classes: list[str]
+    where: str  # the file or folder that holds them, for error sentences
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def subset(self, positions: Tensor) -> "Source":
+        """Return the images at ``positions``, in that order."""
+        if isinstance(self.images, Tensor):
+            images: Tensor | list[Path] = self.images[positions]
+        else:
+            images = [self.images[i] for i in positions.tolist()]
+        return dataclasses.replace(self, images=images, labels=self.labels[positions])
+
+    def decode(self, position: int) -> Tensor:
+        """Return image ``position`` as stored, 3×H×W uint8 RGB.
+
+        Raises:
+            InputError: the file does not decode; the sentence names it.
+        """
+        if isinstance(self.images, Tensor):
+            return self.images[position]
+        return read_image(self.images[position])
+
+
+def read_image(path: str | Path) -> Tensor:
+    """Decode one image file to 3×H×W uint8 RGB (EXIF rotation ignored, as the field does).
+
+    Raises:
+        InputError: missing, truncated or not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            pixels = np.array(image.convert("RGB"))
+    except FileNotFoundError:
+        raise InputError(f"image {path} does not exist") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(f"image {path} does not decode ({reason}); replace or remove it") from None
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def balanced_positions(labels: Tensor, limit: int) -> Tensor:
+    """Return ``limit`` ascending positions with as equal a share of every class as there can be.
+
+    The first images of each class are taken. Labels N, or N×K (then: evenly spaced). All positions
+    where limit is 0 or at least N.
+    """
+    n = len(labels)
+    if not 0 < limit < n:
+        return torch.arange(n)
+    if labels.dim() > 1:
+        return torch.arange(limit) * n // limit
+    order = torch.argsort(labels, stable=True)  # by class, then by position
+    first = torch.searchsorted(labels[order], labels[order])  # where each one's class begins
+    rank_in_class = torch.empty(n, dtype=torch.long)
+    rank_in_class[order] = torch.arange(n) - first
+    chosen = torch.argsort(rank_in_class * (int(labels.max()) + 1) + labels, stable=True)[:limit]
+    return chosen.sort().values
+
+
+def channels_first(images: np.ndarray) -> Tensor:
+    """N×H×W×3 array -> N×3×H×W tensor, contiguous."""
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+
+def subfolders(folder: Path) -> list[str]:
+    """Return the sorted names of the folders in a folder, none if it is not there."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Return the sorted image files anywhere below a folder."""
+    return sorted(
+        Path(parent, name)
+        for parent, _, names in os.walk(folder)
+        for name in names
+        if name.lower().endswith(IMAGE_ENDINGS) and not name.startswith(".")
+    )
