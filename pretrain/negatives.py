@@ -37,6 +37,10 @@ _STEP = 0x9E3779B97F4A7C15
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
+BLOCK = 512  # pool positions that are counted together
+BLOCKS_AT_A_TIME = 8  # on a CPU, so that they stay in its cache
+
+
 @dataclasses.dataclass(frozen=True)
 class Windows:
     """The negatives of B images in one stratum, as stretches of one order of its rows."""
@@ -244,20 +248,52 @@ def walk(
         row_groups: P, groups along the order. groups, start: B. All int32. negatives: K; 0: all.
     """
     size = len(row_groups)
-    others = torch.empty(len(groups), size, dtype=torch.int32, device=groups.device)  # B×P
-    torch.ne(row_groups, groups[:, None], out=others)
-    others.cumsum_(dim=1)
-    total = others[:, -1]
+    up_to = _others_before_blocks(row_groups, groups)  # B×(blocks + 1)
+    total = up_to[:, -1]
     if not negatives:
         return torch.full_like(start, size), total
-    before = others.gather(1, (start - 1).clamp(min=0)[:, None].long())[:, 0]
-    target = torch.where(start > 0, before, 0) + negatives
+    block = start.long() // BLOCK
+    inside = _others_in_block(row_groups, groups, block).cumsum(dim=1)  # B×BLOCK
+    of_block = up_to.gather(1, block[:, None])[:, 0]
+    offset = start.long() - block * BLOCK
+    skipped = inside.gather(1, (offset - 1).clamp(min=0)[:, None])[:, 0]
+    target = of_block + torch.where(offset > 0, skipped, 0) + negatives
     around = target > total
     wanted = torch.where(around, target - total, target)
-    end = torch.searchsorted(others, wanted[:, None], out_int32=True)[:, 0] + 1
+    # the block in which the count of others reaches ``wanted``, and where in it
+    block = (torch.searchsorted(up_to, wanted[:, None])[:, 0] - 1).clamp(min=0)
+    block = block.clamp(max=up_to.shape[1] - 2)
+    inside = _others_in_block(row_groups, groups, block).cumsum(dim=1)
+    rest = wanted - up_to.gather(1, block[:, None])[:, 0]
+    end = block * BLOCK + torch.searchsorted(inside, rest[:, None])[:, 0] + 1
     length = torch.where(around, end + size, end) - start
     enough = total >= negatives
-    return torch.where(enough, length, size), torch.where(enough, negatives, total)
+    length = torch.where(enough, length, size).to(torch.int32)
+    return length, torch.where(enough, negatives, total)
+
+
+def _others_before_blocks(row_groups: Tensor, groups: Tensor) -> Tensor:
+    """Return how many rows of other groups lie before each block of BLOCK positions, and in all.
+
+    B×(blocks + 1), int64, without a B×P tensor.
+    """
+    counts = [torch.zeros(len(groups), 1, dtype=torch.int64, device=groups.device)]
+    blocks = BLOCKS_AT_A_TIME * (1 if groups.device.type == "cpu" else 16)
+    for part in row_groups.split(BLOCK * blocks):
+        others = torch.empty(len(groups), len(part), device=groups.device)
+        torch.ne(part, groups[:, None], out=others)
+        whole = len(part) // BLOCK * BLOCK
+        counts.append(others[:, :whole].view(len(groups), -1, BLOCK).sum(dim=2).long())
+        if whole < len(part):
+            counts.append(others[:, whole:].sum(dim=1, keepdim=True).long())
+    return torch.cat(counts, dim=1).cumsum(dim=1)
+
+
+def _others_in_block(row_groups: Tensor, groups: Tensor, block: Tensor) -> Tensor:
+    """Return whether each position of one block an image is of another group, B×BLOCK int64."""
+    position = block[:, None] * BLOCK + torch.arange(BLOCK, device=groups.device)
+    others = row_groups[position.clamp(max=len(row_groups) - 1)] != groups[:, None]
+    return (others & (position < len(row_groups))).long()
 
 
 def hashed(values: Tensor, *numbers: int) -> Tensor:

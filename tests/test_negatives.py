@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from core.seeds import mixed
+from pretrain import negatives
 from pretrain.negatives import Drawer, Windows, hashed, make_drawer, walk
 
 CLASSES = torch.tensor([0, 0, 1, 1, 1, 2, 3, 3, 3, 3] * 4, dtype=torch.int32)  # of N = 40 rows
@@ -142,6 +143,25 @@ def test_chunks_hold_every_negative_exactly_once(size: int) -> None:
             found[image] += rows[own > 0].tolist()
     for rows, expected in zip(found, windows.listed().tolist(), strict=True):
         assert sorted(rows) == sorted(expected)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_walks_end_where_a_count_step_by_step_ends(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For every start, class and K, whatever the blocks that are counted together."""
+    monkeypatch.setattr(negatives, "BLOCK", size)
+    monkeypatch.setattr(negatives, "BLOCKS_AT_A_TIME", 2)
+    order = CLASSES[torch.randperm(N, generator=torch.Generator().manual_seed(4))]
+    pairs = [(start, group) for start in range(N) for group in range(5)]
+    start, group = torch.tensor(pairs, dtype=torch.int32).T
+    for k in (1, 9, 24, 30):
+        length, count = walk(order, group.contiguous(), start.contiguous(), k)
+        for (first, own), steps, found in zip(pairs, length.tolist(), count.tolist(), strict=True):
+            around = [order[(first + step) % N] != own for step in range(N)]
+            others = sum(map(int, around))
+            expected = next((s + 1 for s in range(N) if sum(around[: s + 1]) == k), N)
+            assert (steps, found) == (expected, min(k, others))
 
 
 def test_tensor_hash_equals_the_integer_hash() -> None:
