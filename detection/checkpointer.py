@@ -96,11 +96,10 @@ class SaveHook(HookBase):
             self.checkpointer.save(self.trainer)
 
 
-def restore(trainer: Any, content: dict[str, Any]) -> int:
-    """Load model, optimiser and schedule; return the iteration that comes next."""
+def restore(trainer: Any, content: dict[str, Any]) -> None:
+    """Load model, optimiser and schedule; the trainer must have its hooks, which hold the last."""
     bare(trainer.model).load_state_dict(content["model"])
     trainer.load_state_dict(content["trainer"])
-    return int(content["iteration"]) + 1
 
 
 def bare(model: nn.Module) -> nn.Module:

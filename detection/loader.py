@@ -162,9 +162,7 @@ def _sampler(cfg: CfgNode, records: list[Record]) -> Sampler[int]:
         return RepeatFactorTrainingSampler(factors, seed=seed)
     if name == "RandomSubsetTrainingSampler":
         ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
-        return RandomSubsetTrainingSampler(
-            len(records), ratio, seed_shuffle=seed, seed_subset=0
-        )
+        return RandomSubsetTrainingSampler(len(records), ratio, seed_shuffle=seed, seed_subset=0)
     raise InputError(
         f"DATALOADER.SAMPLER_TRAIN is {name!r}; it can be TrainingSampler, "
         "RepeatFactorTrainingSampler or RandomSubsetTrainingSampler"

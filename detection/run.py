@@ -116,17 +116,7 @@ def _train(job: Job) -> None:
         return
     records = training_records(cfg)
     trainer = build(cfg, records)
-    start = 0
-    if newest:
-        start = restore(trainer, newest[1])
-        trainer.reset_data_loader(lambda: EndlessBatches(cfg, records, start))
-        say(f"resuming after iteration {start} from {newest[0].name}")
-        _mind_world(job, newest[1]["world_size"])
-    elif job.weights_file:
-        weights = read_weights(job.weights_file, job.folder / "unused.pth")
-        load_into(bare(trainer.model), weights)
-    if comm.is_main_process():
-        trim_metrics(job.folder / "metrics.json", start)
+    start = newest[1]["iteration"] + 1 if newest else 0
     evaluations: list[Evaluation] = []
 
     def evaluate() -> dict[str, Any]:
@@ -135,8 +125,17 @@ def _train(job: Job) -> None:
         )
         return as_metrics(evaluations)
 
+    if comm.is_main_process():
+        trim_metrics(job.folder / "metrics.json", start)
     save_hook = SaveHook(checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
     add_hooks(trainer, cfg, save_hook, evaluate, _writers(job, start), is_terminal())
+    if newest:
+        restore(trainer, newest[1])  # after the hooks are there: the schedule is one of them
+        trainer.reset_data_loader(lambda: EndlessBatches(cfg, records, start))
+        say(f"resuming after iteration {start} from {newest[0].name}")
+        _mind_world(job, newest[1]["world_size"])
+    elif job.weights_file:
+        load_into(bare(trainer.model), read_weights(job.weights_file, job.folder / "unused.pth"))
     began = time.perf_counter()
     trainer.train(start, cfg.SOLVER.MAX_ITER)
     if comm.is_main_process():

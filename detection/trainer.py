@@ -69,20 +69,32 @@ class Trainer(SimpleTrainer):
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
         with torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype is not None):
-            losses = self.model(data)
+            losses = self._losses(data)
         self.optimizer.zero_grad()
         self.scaler.scale(sum(losses.values())).backward()
         self.after_backward()
         try:
             self._write_metrics(losses, data_time)
         except FloatingPointError:
-            values = ", ".join(f"{k} {v.item():.4g}" for k, v in losses.items())
-            raise NotFiniteError(
-                f"a loss is not finite at iteration {self.iter} ({values}); lower "
-                "SOLVER.BASE_LR or lengthen SOLVER.WARMUP_ITERS, then start anew or --resume"
-            ) from None
+            raise self._stopped({k: v.item() for k, v in losses.items()}) from None
         self.scaler.step(self.optimizer)
         self.scaler.update()
+
+    def _losses(self, data: list[Record]) -> dict[str, torch.Tensor]:
+        try:
+            losses: dict[str, torch.Tensor] = self.model(data)
+        except FloatingPointError:  # detectron2's region proposals look before the losses are there
+            names = [name for name in self.storage.histories() if "loss" in name]
+            last = {name: self.storage.history(name).latest() for name in names}
+            raise self._stopped({f"{k} before": v for k, v in last.items()}) from None
+        return losses
+
+    def _stopped(self, losses: dict[str, float]) -> NotFiniteError:
+        values = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+        return NotFiniteError(
+            f"training is not finite at iteration {self.iter} ({values}); lower SOLVER.BASE_LR or "
+            "lengthen SOLVER.WARMUP_ITERS, then start anew"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = super().state_dict()

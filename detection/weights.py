@@ -17,6 +17,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
+from convert import d2
 from core import checkpoint
 from core.errors import InputError
 from core.results import sha256_of
@@ -25,6 +26,7 @@ BACKBONE = re.compile(r"^(?:backbone\.bottom_up\.|backbone\.)?((?:stem|res[2-5])
 HEADS = ("proposal_generator.", "roi_heads.", "head.", "backbone.fpn_", "sem_seg_head.")
 COUNTER = "num_batches_tracked"  # of BatchNorm; has no part in what a network computes
 MEAN_TOLERANCE = 0.02  # of 255: rounding between 0.485·255 and the usual 123.675
+LIBRARIES = ("timm:", "torchvision:")  # weights that a library keeps on this machine
 CONVENTION = ("mean", "std", "channel_order", "stride_in_1x1")
 
 
@@ -50,22 +52,20 @@ def read_weights(path: str | Path, converted: Path) -> Weights:
     Raises:
         InputError: missing, truncated, holding code, or not recognised.
     """
-    path = Path(path).expanduser()
-    checkpoint.verify_file(path)
-    if path.suffix in (".pth", ".pt") or not path.suffix:
-        content = checkpoint.load_plain(path)
-        found = _as_detectron2(content)
+    if not str(path).startswith(LIBRARIES):
+        path = Path(path).expanduser()
+        checkpoint.verify_file(path)
+        found = _as_detectron2(checkpoint.load_plain(path)) if _is_torch_file(path) else None
         if found is not None:
             tensors, facts = found
             whole = any(name.startswith(HEADS) for name in tensors)
             return Weights(path, path, sha256_of(path), tensors, facts, whole)
-    from convert import d2
+    from detection.parity import proof
 
-    d2.convert(path, converted)
+    d2.convert(path, converted, prove=proof)
     content = d2.load_converted(converted)
-    return Weights(
-        path, converted, sha256_of(path), content["model"], dict(content["facts"]), False
-    )
+    facts = dict(content["facts"])
+    return Weights(Path(path), converted, facts["source_sha256"], content["model"], facts, False)
 
 
 def model_shapes(cfg: CfgNode) -> dict[str, tuple[int, ...]]:
@@ -204,6 +204,12 @@ def _as_detectron2(content: Any) -> tuple[dict[str, Tensor], dict[str, Any]] | N
     facts = content.get("facts", {})
     tensors = {k: v for k, v in model.items() if isinstance(v, Tensor)}
     return tensors, dict(facts) if isinstance(facts, dict) else {}
+
+
+def _is_torch_file(path: Path) -> bool:
+    """Whether torch wrote the file; a plain pickle is read by ``convert`` alone."""
+    with path.open("rb") as file:
+        return file.read(2) == b"PK" or path.suffix in (".pth", ".pt")
 
 
 def _backbone_name(name: str) -> str:

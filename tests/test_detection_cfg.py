@@ -1,0 +1,127 @@
+"""Protocols: safe to read, hard to mistype, and never under another's name."""
+
+from pathlib import Path
+
+import pytest
+
+from core.errors import InputError
+from detection import cfg as configs
+
+FPN = "detection/mask_rcnn_R50_FPN_1x.yaml"
+COMMON = {
+    "SOLVER.IMS_PER_BATCH": 16,
+    "SOLVER.BASE_LR": 0.02,
+    "INPUT.FORMAT": "RGB",
+    "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
+    "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
+    "MODEL.RESNETS.STRIDE_IN_1X1": False,
+    "MODEL.RESNETS.NORM": "SyncBN",
+    "MODEL.BACKBONE.FREEZE_AT": 0,
+    "TEST.PRECISE_BN.ENABLED": True,
+}
+SCALES = {
+    "INPUT.MIN_SIZE_TRAIN": (640, 672, 704, 736, 768, 800),
+    "INPUT.MIN_SIZE_TEST": 800,
+}
+PROTOCOLS = {
+    "mask_rcnn_R50_FPN_1x": {
+        **COMMON,
+        **SCALES,
+        "SOLVER.MAX_ITER": 90000,
+        "SOLVER.STEPS": (60000, 80000),
+        "MODEL.RESNETS.DEPTH": 50,
+        "MODEL.FPN.NORM": "SyncBN",
+        "MODEL.ROI_BOX_HEAD.NUM_FC": 2,
+        "MODEL.ROI_BOX_HEAD.NUM_CONV": 0,
+        "MODEL.ROI_BOX_HEAD.NORM": "",
+        "MODEL.ROI_MASK_HEAD.NORM": "",
+        "MODEL.MASK_ON": True,
+        "DATASETS.TRAIN": ("coco_2017_train",),
+        "DATASETS.TEST": ("coco_2017_val",),
+    },
+}
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_a_protocol_resolves_to_the_values_that_make_it(name: str) -> None:
+    cfg = configs.load_cfg(f"detection/{name}.yaml")
+    found = dict(configs._leaves(cfg))
+    assert {key: found[key] for key in PROTOCOLS[name]} == PROTOCOLS[name]
+    assert name == cfg.SUITE.PROTOCOL
+
+
+def test_every_recipe_opens_with_its_command() -> None:
+    folder = configs.find_config(FPN).parent
+    for path in folder.glob("*.yaml"):
+        first = path.read_text().splitlines()[0]
+        wanted = (
+            "# " if path.name.startswith("Base") else "# tools/train_net.py --config detection/"
+        )
+        assert first.startswith(wanted), path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["SOLVER.MAX_ITR", "4"], ["SOLVER.MAX_ITR", "SOLVER.MAX_ITER"]),
+        (["SOLVER.MAX_ITER", "soon"], ["SOLVER.MAX_ITER", "integer", "soon"]),
+        (["MODEL.MASK_ON", "1"], ["MODEL.MASK_ON", "True or False"]),
+        (["SOLVER.MAX_ITER"], ["SOLVER.MAX_ITER", "no value"]),
+        (["SOLVER.MAX_ITER=4"], ["SOLVER.MAX_ITER 4"]),
+        (["SOLVER", "4"], ["SOLVER", "group"]),
+    ],
+)
+def test_a_bad_override_is_named(overrides: list[str], words: list[str]) -> None:
+    with pytest.raises(InputError) as error:
+        configs.load_cfg(FPN, overrides)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_a_yaml_tag_is_refused_in_the_file_and_in_its_base(tmp_path: Path) -> None:
+    sentinel = tmp_path / "ran"
+    evil = tmp_path / "evil.yaml"
+    evil.write_text(f"OUTPUT_DIR: !!python/object/apply:os.system ['touch {sentinel}']\n")
+    (tmp_path / "child.yaml").write_text("_BASE_: evil.yaml\nSEED: 1\n")
+    for name in ("evil.yaml", "child.yaml"):
+        with pytest.raises(InputError, match="plain YAML"):
+            configs.load_cfg(tmp_path / name)
+    assert not sentinel.exists()
+
+
+def test_a_changed_protocol_loses_its_name_and_a_neutral_key_does_not() -> None:
+    base = configs.protocol_keys(configs.load_cfg(FPN))
+    neutral = configs.load_cfg(FPN, ["SEED", "5", "OUTPUT_DIR", "x", "DATALOADER.NUM_WORKERS", "0"])
+    assert configs.changed_keys(neutral, base) == {}
+    assert configs.hash_of(neutral) == configs.hash_of(configs.load_cfg(FPN))
+    short = configs.load_cfg(FPN, ["SOLVER.MAX_ITER", "4"])
+    changed = configs.changed_keys(short, base)
+    assert changed == {"SOLVER.MAX_ITER": 4}
+    name = configs.protocol_name(short, changed)
+    assert name.startswith("mask_rcnn_R50_FPN_1x+")
+    assert name != configs.protocol_name(short, {"SOLVER.MAX_ITER": 5})
+
+
+def test_an_integer_is_taken_where_a_number_is_wanted() -> None:
+    assert configs.load_cfg(FPN, ["SOLVER.BASE_LR", "1"]).SOLVER.BASE_LR == 1.0
+
+
+def test_the_saved_config_reads_back_equal(tmp_path: Path) -> None:
+    cfg = configs.load_cfg(FPN, ["INPUT.MIN_SIZE_TRAIN", "(320,)", "MODEL.WEIGHTS", "a.pth"])
+    (tmp_path / "config.yaml").write_text(configs.as_yaml(cfg))
+    again = configs.load_cfg(tmp_path / "config.yaml")
+    assert configs._plain(again) == configs._plain(cfg)
+
+
+def test_sync_norm_has_a_stand_in_on_every_hardware() -> None:
+    assert [
+        configs.norm_for("cuda", 8),
+        configs.norm_for("cpu", 2),
+        configs.norm_for("cpu", 1),
+    ] == [
+        "SyncBN",
+        "naiveSyncBN",
+        "BN",
+    ]
+    cfg = configs.load_cfg(FPN)
+    assert configs.set_norms(cfg, "BN") == 2
+    assert (cfg.MODEL.RESNETS.NORM, cfg.MODEL.FPN.NORM) == ("BN", "BN")
