@@ -25,6 +25,7 @@ from core.results import sha256_of
 
 KEPT = ("method", "epoch", "seed", "dataset", "image_size", "num_classes", "config", "code")
 BN_EPSILON = 1e-5
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Backbone:
     state: dict[str, Tensor]
     convention: Convention
     source_format: str
+    source_prefix: str  # what stood before the backbone's names, wrappers aside
     source_path: str
     source_sha256: str
     dropped: tuple[str, ...]  # names of tensors that stood beside the backbone's
@@ -51,6 +53,7 @@ class Backbone:
             "channel_order": self.convention.channel_order,
             "stride_in_1x1": self.convention.stride_in_1x1,
             "source_format": self.source_format,
+            "source_prefix": self.source_prefix,
             "source_path": self.source_path,
             "source_sha256": self.source_sha256,
             "tensors": len(self.state),
@@ -102,6 +105,7 @@ def read_backbone(
         state={key: _float32(value) for key, value in state.items()},
         convention=convention,
         source_format=found.source.name if located is None else name.partition(":")[0],
+        source_prefix=found.prefix,
         source_path=name,
         source_sha256=sha256_of(file),
         dropped=found.dropped,
@@ -120,12 +124,10 @@ def _as_tensors(found: Recognition) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name, value in found.tensors.items():
         if isinstance(value, np.ndarray):
-            value = torch.from_numpy(
-                np.array(value, dtype=value.dtype.newbyteorder("="), order="C")
-            )
+            value = _from_numpy(name, value)
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} is a {type(value).__name__}, not a tensor")
-        if not value.is_floating_point():
+        if value.dtype not in FLOATS:
             raise ValueError(f"{name} is {value.dtype}, not floating point: a quantised network?")
         if value.device.type == "meta" or value.layout != torch.strided:
             raise ValueError(f"{name} is a {value.layout} tensor on {value.device}: no numbers")
@@ -135,6 +137,13 @@ def _as_tensors(found: Recognition) -> dict[str, Tensor]:
             raise ValueError(f"{name} is negative in places: a variance cannot be")
         state[name] = value.detach()
     return _with_statistics(state, found) if found.style == "caffe2" else state
+
+
+def _from_numpy(name: str, value: np.ndarray) -> Tensor:
+    """Return an array of either byte order as a tensor, without a copy where none is needed."""
+    if value.dtype.kind != "f" or value.dtype.itemsize > 8:
+        raise ValueError(f"{name} is an array of {value.dtype}, not of floating-point numbers")
+    return torch.from_numpy(np.require(value, value.dtype.newbyteorder("="), ["C", "W"]))
 
 
 def _with_statistics(state: dict[str, Tensor], found: Recognition) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from convert import layouts, names, zoo
 from convert.backbone import Backbone, read_backbone
-from convert.sources import AUTHOR, BY_NAME, Convention
+from convert.sources import AUTHOR, BY_NAME, WRAPPERS, Convention
 from core.checkpoint import load_plain, save_atomically
 from core.errors import InputError
 
@@ -207,7 +207,7 @@ def _folder_beside(target: Path) -> Iterator[Path]:
 
 def summary(facts: Mapping[str, Any]) -> list[str]:
     """Return the lines that tell a reader what was recognised, kept and dropped."""
-    groups = _grouped(facts["dropped"])
+    groups = _grouped(facts["dropped"], facts["source_prefix"])
     dropped = ", ".join(groups) if groups else "nothing"
     if facts["dropped_batch_counters"]:
         dropped += f"; {facts['dropped_batch_counters']} num_batches_tracked (detection reads none)"
@@ -232,12 +232,14 @@ def _numbers(values: Iterable[float]) -> str:
     return "[" + ", ".join(f"{value:g}" for value in values) + "]"
 
 
-def _grouped(dropped: Sequence[str]) -> list[str]:
-    """Shorten names to their first segment and a count: ``module.encoder_k.* (161)``."""
+def _grouped(dropped: Sequence[str], prefix: str) -> list[str]:
+    """Shorten names to the module they belong to and a count: ``module.encoder_k.* (161)``."""
     counts: dict[str, int] = {}
     for name in dropped:
         parts = name.split(".")
-        depth = 1 + sum(part in ("module", "_orig_mod") for part in parts[:2])
+        wrappers = sum(part in WRAPPERS for part in parts)
+        inside = ".".join(part for part in parts if part not in WRAPPERS).startswith(prefix)
+        depth = wrappers + 1 + (prefix.count(".") if inside else 0)
         start = ".".join(parts[:depth]) + (".*" if len(parts) > depth else "")
         counts[start] = counts.get(start, 0) + 1
     return [f"{name} ({count})" if name.endswith("*") else name for name, count in counts.items()]

@@ -4,7 +4,6 @@ A ``.pkl`` of Caffe2, Detectron 1 or detectron2's zoo holds dicts of arrays. Onl
 is looked up, from a table; every other name in the stream ends the reading before it is called.
 """
 
-import codecs
 import collections
 import pickle
 from pathlib import Path
@@ -14,24 +13,37 @@ import numpy as np
 
 from core.errors import InputError
 
+
+class CodeInPickle(Exception):
+    """The stream asks for a name that is not allowed; its text is that name."""
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """How protocols up to 2 spell bytes; codecs other than these are never looked up."""
+    if encoding not in ("latin1", "latin-1", "utf-8"):
+        raise CodeInPickle(f"_codecs.encode to {encoding}")
+    return text.encode(encoding)
+
+
+def _from_buffer(buffer: bytes, dtype: Any, shape: tuple[int, ...], order: str) -> np.ndarray:
+    """How protocol 5 spells an array."""
+    return np.frombuffer(buffer, dtype=dtype).reshape(shape, order="F" if order == "F" else "C")
+
+
 _RECONSTRUCT = np.empty(0).__reduce__()[0]  # numpy's own constructor of an array to be filled
 _SCALAR = np.float64(0).__reduce__()[0]
-_DICT_STATE = ("collections", "OrderedDict")
-
 ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
     ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
     ("numpy.core.multiarray", "scalar"): _SCALAR,
     ("numpy._core.multiarray", "scalar"): _SCALAR,
+    ("numpy.core.numeric", "_frombuffer"): _from_buffer,
+    ("numpy._core.numeric", "_frombuffer"): _from_buffer,
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
-    ("_codecs", "encode"): codecs.encode,  # how protocol 2 spells bytes
-    _DICT_STATE: collections.OrderedDict,
+    ("_codecs", "encode"): _encode,
+    ("collections", "OrderedDict"): collections.OrderedDict,
 }
-
-
-class CodeInPickle(Exception):
-    """The stream asks for a name that is not allowed; its text is that name."""
 
 
 class _Restricted(pickle.Unpickler):

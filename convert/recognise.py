@@ -94,6 +94,8 @@ def _candidates(
             if state is None:
                 continue
             key = (container, source.aliases)
+            if not _may_be_state(state):
+                continue
             if key not in cleaned:
                 cleaned[key] = _clean(state, source.aliases)
             clean, original = cleaned[key]
@@ -204,6 +206,12 @@ def _dig(content: Mapping[str, Any], path: tuple[str, ...]) -> Mapping[str, Any]
     return content
 
 
+def _may_be_state(state: Mapping[Any, Any]) -> bool:
+    """Whether a dict has a key that some anchor ends."""
+    anchors = tuple(first for first, _ in ANCHORS.values())
+    return any(isinstance(key, str) and key.endswith(anchors) for key in state)
+
+
 def _clean(
     state: Mapping[str, Any], aliases: Sequence[tuple[str, str]] = ()
 ) -> tuple[dict[str, Any], dict[str, str]]:
@@ -212,7 +220,7 @@ def _clean(
     original: dict[str, str] = {}
     for key, value in state.items():
         if not isinstance(key, str):
-            continue
+            raise ValueError(f"{key!r} is a key of its state dict, where names are wanted")
         short = ".".join(part for part in key.split(".") if part not in WRAPPERS)
         for start, replacement in aliases:
             if short.startswith(start):

@@ -25,6 +25,7 @@ from core.errors import InputError
 from core.resnet import ARCHITECTURES, Architecture, ResNet, create_model
 
 TOLERANCE = 1e-5
+FACTS = ("arch", "mean", "std", "channel_order", "stride_in_1x1")
 STAGES = ("res2", "res3", "res4", "res5")
 
 
@@ -69,7 +70,7 @@ def prove(
             torch.save(dict(converted), path)
             return prove(path, source_state, arch, convention)
     if convention is None:
-        convention = _convention(load_plain(converted)["facts"])
+        convention = _convention(_facts(Path(converted)))
     reference = source_features(source_state, arch, convention)
     return _check_detectron2(Path(converted), reference)
 
@@ -175,7 +176,7 @@ def detectron2_features(path: Path) -> tuple[dict[str, Tensor], int, int]:
     from detectron2.layers import ShapeSpec
     from detectron2.modeling.backbone import build_resnet_backbone
 
-    settings = backbone_cfg(load_plain(path)["facts"])
+    settings = backbone_cfg(_facts(path))
     cfg = get_cfg()
     cfg.merge_from_list([item for pair in settings.items() for item in pair])
     cfg.MODEL.RESNETS.OUT_FEATURES = list(STAGES)
@@ -256,6 +257,14 @@ def _judged(parity: Parity) -> Parity:
                 f"differ, by {difference:.1e} where {TOLERANCE:.0e} is allowed"
             )
     return parity
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    content = load_plain(path)
+    facts = content.get("facts") if isinstance(content, dict) else None
+    if not isinstance(facts, dict) or any(key not in facts for key in FACTS):
+        raise InputError(f"{path} does not say its {', '.join(FACTS)}: it is no converted file")
+    return facts
 
 
 def _convention(facts: Mapping[str, Any]) -> Convention:

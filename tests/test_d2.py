@@ -31,6 +31,7 @@ from core.checkpoint import Facts, save_checkpoint
 from core.errors import InputError
 from core.resnet import create_model
 from detection import parity
+from tests.test_sources import LAYOUTS, ON_REQUEST
 
 ROOT = Path(__file__).resolve().parent.parent
 State = dict[str, Tensor]
@@ -321,7 +322,7 @@ def test_the_sentinel_would_have_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "reference",
     ["os.system", "builtins.eval", "builtins.getattr", "numpy.load", "numpy.core.multiarray.dot",
-     "torch.load", "collections.namedtuple", "functools.partial", "codecs.open"],
+     "torch.load", "collections.namedtuple", "functools.partial", "codecs.open", "_codecs.decode"],
 )  # fmt: skip
 def test_the_restricted_unpickler_looks_up_nothing_else(reference: str, tmp_path: Path) -> None:
     module, _, name = reference.rpartition(".")
@@ -331,13 +332,19 @@ def test_the_restricted_unpickler_looks_up_nothing_else(reference: str, tmp_path
         read_pickle(tmp_path / "a.pkl")
 
 
+def test_the_restricted_unpickler_knows_no_codec_but_texts(tmp_path: Path) -> None:
+    (tmp_path / "a.pkl").write_bytes(b"c_codecs\nencode\n(Vx\nVhex_codec\ntR.")
+    with pytest.raises(InputError, match=r"never loaded .*hex_codec"):
+        read_pickle(tmp_path / "a.pkl")
+
+
 def test_arrays_of_both_pythons_and_numpys_are_read(tmp_path: Path) -> None:
     array = np.arange(6, dtype=">f4").reshape(2, 3)
     content = collections.OrderedDict(a=array, b=np.float32(2), c=[1, "x", None, b"y", True])
-    for protocol in range(5):
+    for protocol in range(6):
         stream = pickle.dumps(content, protocol)
         for text in (stream, stream.replace(b"numpy._core.", b"numpy.core.")):
-            if protocol == 4 and text is not stream:
+            if protocol >= 4 and text is not stream:
                 continue  # frames have lengths that a replacement would break
             (tmp_path / "a.pkl").write_bytes(text)
             back = read_pickle(tmp_path / "a.pkl")
@@ -377,6 +384,32 @@ def test_a_stand_in_is_empty_whatever_it_is_given(tmp_path: Path) -> None:
     assert vars(content["cfg"]) == {}
     assert type(content["cfg"]).__module__ == "convert.reading"
     assert content["x"].tolist() == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "build"), LAYOUTS, ids=lambda v: getattr(v, "__name__", v))
+def test_every_layout_passes_the_proof_as_a_file(
+    name: str, build: Callable[[nn.Module, nn.Module], Any], tmp_path: Path
+) -> None:
+    """The whole way of every format; what the default suite shows in memory and for a few."""
+    if name in ("own", "converted"):
+        pytest.skip("has facts, and tests of its own")
+    models = []
+    for factor in (1.0, 1.1):
+        with torch.device("meta"):
+            model = torchvision.models.resnet18(num_classes=10)
+        models.append(fill(model.to_empty(device="cpu")))
+        for value in models[-1].parameters():
+            value.data *= factor
+    path = tmp_path / ("net.pkl" if name.startswith("caffe2") else "net.pth")
+    content = build(*models)
+    if path.suffix == ".pkl":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path)
+    conversion = d2.convert(path, format=name if name in ON_REQUEST else None, prove=parity.proof)
+    assert conversion.facts["source_format"] == name
+    assert conversion.proof.matched == 100
 
 
 # ---- damaged and unsuited --------------------------------------------------------------------
@@ -433,7 +466,10 @@ def without(start: str) -> Callable[[State], Any]:
         (change("bn1.bias", torch.full((64,), torch.inf)), "bn1.bias holds NaN or infinity"),
         (change("bn1.running_var", torch.full((64,), -1.0)), "a variance cannot be"),
         (change("bn1.bias", torch.ones(64, dtype=torch.int8)), "not floating point"),
+        (change("bn1.bias", torch.ones(64).to(torch.float8_e5m2)), "quantised"),
+        (change("bn1.bias", np.ones(64, np.int64)), "an array of int64"),
         (change("bn1.bias", "text"), "is a str, not a tensor"),
+        (lambda s: {**s, 7: torch.ones(1)}, "7 is a key"),
         (change("bn1.bias", torch.ones(63)), "shape 63, but a resnet18 has 64"),
         (change("conv1.weight", torch.ones(64, 3, 3, 3)), "CIFAR"),
         (
@@ -578,12 +614,13 @@ def test_a_stride_in_the_1x1_has_no_way_back(tmp_path: Path) -> None:
 # ---- libraries' weights, and the other containers --------------------------------------------
 
 
-def test_safetensors_are_read(network: nn.Module, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["net.safetensors", "known_by_its_content.bin"])
+def test_safetensors_are_read(network: nn.Module, name: str, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    save_file(network.state_dict(), tmp_path / "net.safetensors")
-    backbone = read_backbone(tmp_path / "net.safetensors")
-    assert torch.equal(backbone.state["conv1.weight"], network.state_dict()["conv1.weight"])
+    save_file(network.state_dict(), tmp_path / name)
+    state = read_backbone(tmp_path / name).state
+    assert torch.equal(state["conv1.weight"], network.state_dict()["conv1.weight"])
 
 
 def test_weights_of_timm_on_the_machine_are_found(

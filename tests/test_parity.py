@@ -20,6 +20,7 @@ from core.errors import InputError
 from detection import parity
 
 State = dict[str, Tensor]
+UNSAID: tuple[Any, ...] = ("", "", "", "", (), (), 0, {})  # what a proof does not need to know
 
 
 def network(arch: str) -> nn.Module:
@@ -81,7 +82,7 @@ def large() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def check(small: nn.Module) -> Callable[[Path], parity.Parity]:
-    backbone = Backbone("resnet18", backbone_state(small), TORCHVISION, "", "", "", (), (), 0, {})
+    backbone = Backbone("resnet18", backbone_state(small), TORCHVISION, *UNSAID)
     return parity.proof(backbone)
 
 
@@ -182,7 +183,7 @@ def test_no_match_at_all_fails_the_proof(small: nn.Module, check: Any, tmp_path:
 def test_the_stride_convention_is_part_of_the_proof(large: nn.Module, tmp_path: Path) -> None:
     """A ResNet-50 fits either way; only the features tell."""
     state = backbone_state(large)
-    backbone = Backbone("resnet50", state, MSRA, "", "", "", (), (), 0, {})
+    backbone = Backbone("resnet50", state, MSRA, *UNSAID)
     check = parity.proof(backbone)
     converted = content(state, "resnet50", MSRA)
     torch.save(converted, tmp_path / "msra_d2.pth")
@@ -269,6 +270,12 @@ def test_a_whole_detector_takes_every_tensor(small: nn.Module, tmp_path: Path) -
     loaded = detector.backbone.bottom_up.state_dict()
     for key, value in converted["model"].items():
         assert torch.equal(loaded[key], value), key
+
+
+def test_a_file_that_does_not_say_its_convention_cannot_be_proved(tmp_path: Path) -> None:
+    torch.save({"model": {}}, tmp_path / "silent.pth")
+    with pytest.raises(InputError, match="does not say its arch, mean, std"):
+        parity.prove(tmp_path / "silent.pth", {}, "resnet18")
 
 
 def test_what_is_missing_misshapen_or_not_finite_differs_infinitely() -> None:
