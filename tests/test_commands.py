@@ -1,0 +1,174 @@
+"""Every command of README runs: word for word, with arguments after it that make it a toy.
+
+A command that README gains without an entry here fails the test, and so does an entry that README
+no longer has.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from core.shapes_coco import write_coco
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY_RUN = "data.limit 40 loop.batch_size 20 loop.log_every 1 loop.amp none"
+TINY_NPZ = "data.name npz data.root {npz} data.image_size 32"
+TINY_CTC = "ctc.stage1.epochs 1 ctc.stage2.epochs 1 ctc.num_negatives 8"
+TINY_NET = (
+    "INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64 SOLVER.MAX_ITER 2 SOLVER.IMS_PER_BATCH 2 "
+    "SOLVER.WARMUP_ITERS 1 TEST.PRECISE_BN.ENABLED False DATALOADER.NUM_WORKERS 0"
+)
+R18 = "MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64"
+TINY_FINETUNE = (
+    "loop.batch_size 16 finetune.steps 2 finetune.lr [0.01] finetune.weight_decay [0.0]"
+)
+TINY_SUITE = (
+    "initialisations.random.overrides.data.limit 40 "
+    "protocols.mask_rcnn_R18_FPN_shapes.overrides.SOLVER.MAX_ITER 2 "
+    "protocols.mask_rcnn_R18_FPN_shapes.overrides.SUITE.SHAPES.TRAIN_IMAGES 8 "
+    "protocols.mask_rcnn_R18_FPN_shapes.overrides.SUITE.SHAPES.VAL_IMAGES 4"
+)
+TINY_COCO = "--train-json {json} --train-images {images} --val-json {json} --val-images {images}"
+
+# README's command → what stands in for its example files, and what follows it
+TOY: dict[str, tuple[dict[str, str], str]] = {
+    "tools/pretrain.sh ctc": ({}, f"--output {{runs}}/r50 {TINY_RUN} {TINY_CTC}"),
+    "tools/convert_to_d2.py runs/ctc_shapes-s1/checkpoints/epoch_0005.pth": (
+        {"runs/ctc_shapes-s1/checkpoints/epoch_0005.pth": "{runs}/r50/checkpoints/epoch_0002.pth"},
+        "",
+    ),
+    "tools/train_net.py --config detection/mask_rcnn_R50_FPN_1x.yaml --weights "
+    "runs/ctc_shapes-s1/checkpoints/epoch_0005_d2.pth": (
+        {
+            "runs/ctc_shapes-s1/checkpoints/epoch_0005_d2.pth": (
+                "{runs}/r50/checkpoints/epoch_0002_d2.pth"
+            )
+        },
+        f"--num-gpus 0 {TINY_COCO} --output {{runs}}/detection {TINY_NET}",
+    ),
+    "tools/pretrain.sh ce": (
+        {},
+        f"--output {{runs}}/r18 arch resnet18 ce.stage.epochs 1 {TINY_RUN}",
+    ),
+    "tools/pretrain.sh ctc --config pretrain/ctc_cifar100.yaml data.root /data/cifar100": (
+        {},
+        f"--output {{runs}}/cifar arch resnet18_cifar_w16 {TINY_NPZ} {TINY_CTC} {TINY_RUN}",
+    ),
+    "tools/pretrain.sh ctc --config pretrain/ctc_imagenet.yaml data.root /data/imagenet": (
+        {},
+        f"--output {{runs}}/imagenet arch resnet18 {TINY_NPZ} {TINY_CTC} {TINY_RUN}",
+    ),
+    "tools/pretrain.sh ctc --output runs/mine data.name folder data.root /data/my_images "
+    "arch resnet18": (
+        {"runs/mine": "{runs}/mine", "/data/my_images": "{folder}"},
+        f"{TINY_CTC} {TINY_RUN}",
+    ),
+    "tools/pretrain.sh ctc --output runs/mine --resume": ({"runs/mine": "{runs}/mine"}, ""),
+    "tools/convert_to_d2.py --list-formats": ({}, ""),
+    "tools/convert_to_d2.py ckpt.pth": (
+        {"ckpt.pth": "{runs}/r18/checkpoints/epoch_0001.pth"},
+        "--output {runs}/ckpt_d2.pth",
+    ),
+    "tools/convert_to_d2.py ckpt_d2.pth --to torchvision": (
+        {"ckpt_d2.pth": "{runs}/ckpt_d2.pth"},
+        "--output {runs}/ckpt_torchvision.pth",
+    ),
+    "tools/train_net.py --config detection/mask_rcnn_R50_FPN_1x.yaml --weights ckpt_d2.pth "
+    "--num-gpus 8": (
+        {"ckpt_d2.pth": "{runs}/ckpt_d2.pth", "--num-gpus 8": "--num-gpus 0"},
+        f"{TINY_COCO} --output {{runs}}/detection18 {TINY_NET} {R18}",
+    ),
+    "tools/train_net.py --config detection/mask_rcnn_R50_FPN_1x.yaml --weights ckpt_d2.pth "
+    "--num-gpus 0 --train-json instances_train.json --train-images images "
+    "--val-json instances_val.json --val-images images SOLVER.MAX_ITER 20 "
+    "SOLVER.IMS_PER_BATCH 2": (
+        {
+            "ckpt_d2.pth": "{runs}/ckpt_d2.pth",
+            "instances_train.json": "{json}",
+            "instances_val.json": "{json}",
+            "images images": "images {images}",
+        },
+        f"--output {{runs}}/detection_any {TINY_NET} {R18}",
+    ),
+    "tools/run_transfer.py --config transfer/cub200_linear.yaml --weights ckpt.pth": (
+        {"ckpt.pth": "{runs}/r18/checkpoints/epoch_0001.pth"},
+        f"--output {{runs}}/linear methods [linear] data.workers 0 {TINY_NPZ}",
+    ),
+    "tools/run_transfer.py --config transfer/cub200_finetune.yaml --weights ckpt.pth": (
+        {"ckpt.pth": "{runs}/r18/checkpoints/epoch_0001.pth"},
+        f"--output {{runs}}/finetune data.workers 0 {TINY_NPZ} {TINY_FINETUNE}",
+    ),
+    "tools/run_analysis.py --run runs/NAME --config analysis/timeline_cifar100.yaml": (
+        {"runs/NAME": "{runs}/cifar"},
+        "targets [] quantities [retrieval,clustering] features.workers 0",
+    ),
+    "tools/benchmark.py --config suites/quickstart.yaml": (
+        {},
+        f"--output {{runs}}/quickstart --only random {TINY_SUITE}",
+    ),
+    "tools/benchmark.py --config suites/table5.yaml --dry-run": ({}, ""),
+    "tools/make_report.py runs/quickstart": ({"runs/quickstart": "{runs}/quickstart"}, ""),
+}
+
+
+def readme_commands() -> list[str]:
+    """Return the commands of README's bash blocks, comments stripped, in order, each once."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return list(dict.fromkeys(line for line in lines if line))
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory, tiny_npz: Path) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("readme")
+    coco = write_coco(folder / "coco", "train", 6, 64)
+    with np.load(tiny_npz) as content:
+        for split in ("train", "test"):
+            for number, (image, label) in enumerate(
+                zip(content[f"x_{split}"], content[f"y_{split}"], strict=True)
+            ):
+                path = folder / "folder" / split / str(content["classes"][label]) / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                cv2.imwrite(str(path), image)
+    return {
+        "runs": str(folder / "runs"),
+        "npz": str(tiny_npz),
+        "folder": str(folder / "folder"),
+        "json": str(coco.json),
+        "images": str(coco.images),
+    }
+
+
+def test_every_command_of_readme_works(stand_ins: dict[str, str]) -> None:
+    commands = [c for c in readme_commands() if not c.startswith("make")]
+    assert set(commands) == set(TOY)
+    environment = {**os.environ, "PYTHON": sys.executable, "DETECTRON2_DATASETS": "/nowhere"}
+    for command in commands:
+        replaced, more = TOY[command]
+        toy = command
+        for old, new in replaced.items():
+            assert old in toy, f"{old} is not in {command}"
+            toy = toy.replace(old, new)
+        words = shlex.split(f"{toy} {more}".format(**stand_ins))
+        if words[0].endswith(".py"):
+            words.insert(0, sys.executable)
+        result = subprocess.run(
+            words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        )
+        said = result.stdout[-1500:] + result.stderr[-3000:]
+        assert result.returncode == 0, f"{shlex.join(words)}\n{said}"
+
+
+@pytest.mark.parametrize("command", [c for c in readme_commands() if c.startswith("make")])
+def test_every_make_target_of_readme_exists(command: str) -> None:
+    result = subprocess.run(
+        [*shlex.split(command), "--dry-run"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
