@@ -40,6 +40,7 @@ class DataConfig:
     augmentation: str = "crop_flip"  # a key of core.transforms.AUGMENTATIONS; training only
     workers: int = 0  # processes that decode and augment; 0: the training process does
     limit: int = 0  # images per split, equally many of each class; 0: all. For trials
+    partial: bool = False  # accept fewer images or classes than the official ones; the name says so
     val_fraction: float = 0.0  # share of train held out as val, where no official val split exists
     resize_ratio: float = -1.0  # evaluation: short side / crop side; 0: no crop; -1: data set's own
     mean: list[float] = dataclasses.field(default_factory=list)  # RGB, 0..1; []: data set's own
@@ -122,6 +123,8 @@ def open_dataset(cfg: DataConfig, split: str, train: bool = False, seed: int = 0
         source = info.read(request)
     except InputError as error:
         raise InputError(f"{error}; {_how(info, root)}" if not info.drawn else str(error)) from None
+    if info.counts and not info.drawn:
+        _check_layout(cfg, info, source, official, root)
     if held_out:
         fit, rest = hold_out(source.labels, cfg.val_fraction)
         source = source.subset(fit if split == "train" else rest)
@@ -200,12 +203,29 @@ def locate(cfg: DataConfig) -> Path:
 def data_name(cfg: DataConfig) -> str:
     """Return the name that result rows carry: for image folders and .npz files, their own."""
     if look_up(cfg.name).find_splits is None:
-        return cfg.name
+        return cfg.name + ("_partial" if cfg.partial else "")
     return locate(cfg).resolve().stem
 
 
+def _check_layout(
+    cfg: DataConfig, info: DatasetInfo, source: Source, split: str, root: Path
+) -> None:
+    """Compare counts with the official ones, and decode the first, middle and last image."""
+    found = {"images": len(source), "classes": len(source.classes)}
+    official = {"images": info.counts.get(split, 0), "classes": info.classes}
+    for what, count in official.items():
+        if count and found[what] != count and not cfg.partial:
+            raise InputError(
+                f"{source.where} has {found[what]:,} {what} in {split}, but {cfg.name} has "
+                f"{count:,}; {_how(info, root)} (or set data.partial true to take what there is)"
+            )
+    for position in {0, len(source) // 2, len(source) - 1}:
+        source.decode(position)
+
+
 def _how(info: DatasetInfo, root: Path | str) -> str:
-    return info.how.format(root=root)
+    hint = f" (tools/unpack_data.py ARCHIVE {root} does it safely)" if "unpack" in info.how else ""
+    return info.how.format(root=root) + hint
 
 
 def _check(cfg: DataConfig) -> None:

@@ -3,8 +3,10 @@
 N images, H×W pixels, K classes. Arrays on disk are N×H×W×3 RGB; a source holds N×3×H×W or paths.
 """
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -115,3 +117,21 @@ def image_files(folder: Path) -> list[Path]:
         for name in names
         if name.lower().endswith(IMAGE_ENDINGS) and not name.startswith(".")
     )
+
+
+def inside(root: Path, base: str) -> Path:
+    """Return ``root/base`` if it is there, else ``root``: a user may have named either of them."""
+    return root / base if (root / base).is_dir() else root
+
+
+@contextlib.contextmanager
+def one_sentence(where: Path) -> Iterator[None]:
+    """Turn whatever a missing, cut or changed file raises in the block into an ``InputError``."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # the readers behind it raise their own kinds too
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        reason = reason.split(" You can use download")[0].rstrip(".")
+        raise InputError(f"{where} is missing, incomplete or changed ({reason})") from None

@@ -3,8 +3,7 @@
 N images, H×W pixels.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ import numpy as np
 import torch
 from torchvision import datasets
 
-from core.errors import InputError
-from core.source import Request, Source, channels_first
+from core.source import Request, Source, channels_first, one_sentence
 
 AIRCRAFT, CARS, FLOWERS, FOOD = "fgvc-aircraft-2013b", "stanford_cars", "flowers-102", "food-101"
 
@@ -31,7 +29,7 @@ def read_cifar100(request: Request) -> Source:
 def read_stl10(request: Request) -> Source:
     """STL-10 as ``stl10_binary``, the labelled images; every file must have its md5 sum."""
     root = _above(request.root, datasets.STL10.base_folder)
-    with _one_sentence(root / datasets.STL10.base_folder):
+    with one_sentence(root / datasets.STL10.base_folder):
         data = datasets.STL10(str(root), split=request.split)
         labels = torch.from_numpy(np.asarray(data.labels, dtype=np.int64))
         return Source(torch.from_numpy(data.data), labels, list(data.classes), str(root))
@@ -39,7 +37,7 @@ def read_stl10(request: Request) -> Source:
 
 def read_svhn(request: Request) -> Source:
     """SVHN's cropped digits, ``train_32x32.mat`` and ``test_32x32.mat``, without the extra part."""
-    with _one_sentence(request.root):
+    with one_sentence(request.root):
         data = datasets.SVHN(str(request.root), split=request.split)
         images = torch.from_numpy(np.ascontiguousarray(data.data))  # N×3×32×32
         classes = [str(digit) for digit in range(10)]
@@ -68,7 +66,7 @@ def read_food101(request: Request) -> Source:
 
 def _read_cifar(kind: Any, request: Request) -> Source:
     root = _above(request.root, kind.base_folder)
-    with _one_sentence(root / kind.base_folder):
+    with one_sentence(root / kind.base_folder):
         data = kind(str(root), train=request.split == "train")
         images, labels = channels_first(data.data), torch.tensor(data.targets)
         return Source(images, labels, list(data.classes), str(root))
@@ -77,7 +75,7 @@ def _read_cifar(kind: Any, request: Request) -> Source:
 def _read_files(kind: Callable[..., Any], base: str, request: Request) -> Source:
     """Read a data set of image files, which torchvision lists and nobody decodes here."""
     root = _above(request.root, base)
-    with _one_sentence(root / base):
+    with one_sentence(root / base):
         data = kind(str(root), split=request.split, loader=str)  # items are (path, label)
         items = [data[i] for i in range(len(data))]
         labels = torch.tensor([int(label) for _, label in items])
@@ -88,14 +86,3 @@ def _read_files(kind: Callable[..., Any], base: str, request: Request) -> Source
 def _above(root: Path, base: str) -> Path:
     """Return the folder that holds ``base``, where a user may have named either of them."""
     return root.parent if root.name == base and not (root / base).exists() else root
-
-
-@contextlib.contextmanager
-def _one_sentence(folder: Path) -> Iterator[None]:
-    """Turn whatever torchvision raises at a missing, cut or changed file into an ``InputError``."""
-    try:
-        yield
-    except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        reason = reason.split(" You can use download")[0].rstrip(".")
-        raise InputError(f"{folder} is missing, incomplete or changed ({reason})") from None
