@@ -19,10 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core import dist
-from pretrain.attention import LOG2_E, OnlineSoftmax, chunk_of, merge_over_ranks, of_images
+from pretrain.attention import DEVICE_CHUNK, LOG2_E, OnlineSoftmax, merge_over_ranks, of_images
 from pretrain.losses import nce_constant, nce_shift
 from pretrain.negatives import Windows
 from pretrain.products import similarities, weighted_sums
+
+CHUNK = 4096  # bank rows of a pass on a CPU: they stay in its second cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,8 @@ class NoiseContrast:
     Logits come to the base 2, as OnlineSoftmax takes them.
     """
 
+    in_pairs = True  # odds stay below 1e19
+
     def __init__(self, queries: Tensor, shift: Tensor, track_z: bool) -> None:
         self.shift = shift[:, None] * LOG2_E  # B×1
         self.total = queries.new_zeros(len(queries))
@@ -60,8 +64,13 @@ class NoiseContrast:
         if self.odds is not None:
             _grow(self.odds, images, odds.sum(dim=1))
         value = odds + 1.0
+        half, rest = divmod(odds.shape[1], 2)
+        if self.in_pairs and not rest:  # (1 + a)(1 + b) = 1 + a + b(1 + a): half the logarithms
+            factors = torch.addcmul(odds[:, :half], odds[:, half:], value[:, :half]).add_(1.0)
+        else:
+            factors = value.clone()
         _grow(self.weighted, images, weighted_sums(odds.div_(value), keys))
-        _grow(self.total, images, value.log_().sum(dim=1))
+        _grow(self.total, images, factors.log_().sum(dim=1))
 
     def log_sum(self) -> Tensor:
         """Return log Σ exp(·/τ) of the negatives, B (``track_z``)."""
@@ -70,8 +79,14 @@ class NoiseContrast:
         return self.odds.log() + self.shift[:, 0] / LOG2_E
 
 
+class SingleNoiseContrast(NoiseContrast):
+    """The same for temperatures at which the product of two odds may overflow."""
+
+    in_pairs = False
+
+
 class CarefulNoiseContrast(NoiseContrast):
-    """The same for temperatures so low that the odds overflow."""
+    """The same for temperatures so low that the odds themselves may overflow."""
 
     def __init__(self, queries: Tensor, shift: Tensor, track_z: bool) -> None:
         super().__init__(queries, shift, track_z)
@@ -188,7 +203,9 @@ def _nce(
     shifts = [nce_shift(z, share) for z in log_z.to(share.dtype)]
     spread = [dist.gather_rows(s) if settings.sharded else s for s in shifts]
     # rows are at most sqrt(3) long, so x < 2·sqrt(3)/τ; exp of 88 overflows in float32
-    contrast = NoiseContrast if settings.temperature >= 0.05 else CarefulNoiseContrast
+    contrast = NoiseContrast
+    if settings.temperature < 0.08:
+        contrast = SingleNoiseContrast if settings.temperature >= 0.05 else CarefulNoiseContrast
     gathered = _pass_over(
         embeddings,
         banks,
@@ -262,7 +279,8 @@ def _pass_over(
     every = [dist.gather_rows(e) if settings.sharded else e for e in embeddings]
     queries = [e.detach() * (LOG2_E / settings.temperature) for e in every]
     gathered = [make(number, query) for number, query in enumerate(queries)]
-    chunk, dtype = chunk_of(queries[0].device), queries[0].dtype
+    on_cpu, dtype = queries[0].device.type == "cpu", queries[0].dtype
+    chunk = CHUNK if on_cpu else DEVICE_CHUNK
     readers = [Rows(bank, dtype, chunk) for bank in banks]
     for stratum in windows:
         for rows, images, counted in stratum.chunks(chunk, dtype):
