@@ -122,11 +122,9 @@ def test_the_written_file_is_plain_and_says_where_it_came_from(
     assert conversion.output.stat().st_size < 46e6  # no optimiser, no head, no shared storage
 
 
-def test_a_checkpoint_of_ours_hands_its_facts_on(tmp_path: Path) -> None:
-    with torch.device("meta"):
-        model = create_model("resnet18", 4)
-    state = fill(model.to_empty(device="cpu")).state_dict()
-    facts = Facts("resnet18", 4, "ctc", 7, 3, "shapes", 64, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+def test_a_checkpoint_of_ours_hands_its_facts_on(network: nn.Module, tmp_path: Path) -> None:
+    state = network.state_dict()  # our keys are torchvision's
+    facts = Facts("resnet18", 3, "ctc", 7, 3, "shapes", 64, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
     save_checkpoint(tmp_path / "epoch_0007.pth", state, facts)
     conversion = d2.convert(tmp_path / "epoch_0007.pth", prove=parity.proof)
     wanted = {"method": "ctc", "epoch": 7, "seed": 3, "dataset": "shapes", "source_format": "own",
@@ -227,17 +225,22 @@ def caffe2_blobs() -> dict[str, np.ndarray]:
     return blobs
 
 
-def test_a_caffe2_pickle_computes_what_detectron2_makes_of_it(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def msra(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("msra") / "R-50.pkl"
+    with path.open("wb") as file:
+        pickle.dump({"blobs": {**caffe2_blobs(), "fc1000_b": np.zeros(3, np.float32)}}, file)
+    return path
+
+
+def test_a_caffe2_pickle_computes_what_detectron2_makes_of_it(msra: Path, tmp_path: Path) -> None:
     """Reference: detectron2's own legacy loading of the same pickle into its FrozenBN backbone."""
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.config import get_cfg
     from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
     from detectron2.modeling.backbone import build_resnet_backbone
 
-    path = tmp_path / "R-50.pkl"
-    with path.open("wb") as file:
-        pickle.dump({"blobs": {**caffe2_blobs(), "fc1000_b": np.zeros(3, np.float32)}}, file, 2)
-    conversion = d2.convert(path, prove=parity.proof)
+    conversion = d2.convert(msra, tmp_path / "R-50_d2.pth", prove=parity.proof)
     assert conversion.facts["source_format"] == "caffe2-msra"
     assert conversion.facts["tensors"] == 265
     assert (conversion.facts["channel_order"], conversion.facts["std"]) == ("BGR", [1.0, 1.0, 1.0])
@@ -247,7 +250,7 @@ def test_a_caffe2_pickle_computes_what_detectron2_makes_of_it(tmp_path: Path) ->
     cfg = get_cfg()  # its defaults are MSRA's: FrozenBN, stride in the 1×1
     cfg.MODEL.RESNETS.OUT_FEATURES = list(parity.STAGES)
     theirs = build_resnet_backbone(cfg, ShapeSpec(channels=3)).eval()
-    DetectionCheckpointer(theirs).load(str(path))
+    DetectionCheckpointer(theirs).load(str(msra))
     for module in theirs.modules():  # its loader writes 1, and 1 + ε is not quite scale·x + bias
         if isinstance(module, FrozenBatchNorm2d):
             module.running_var.fill_(1 - module.eps)
@@ -604,11 +607,10 @@ def test_the_way_back_turns_bgr_into_rgb(network: nn.Module, tmp_path: Path) -> 
     assert torch.equal(written["model"]["conv1.weight"], state["conv1.weight"].flip(1))
 
 
-def test_a_stride_in_the_1x1_has_no_way_back(tmp_path: Path) -> None:
-    with (tmp_path / "R-50.pkl").open("wb") as file:
-        pickle.dump(caffe2_blobs(), file)
+def test_a_stride_in_the_1x1_has_no_way_back(msra: Path) -> None:
     with pytest.raises(InputError, match="stride in the 3×3"):
-        d2.convert(tmp_path / "R-50.pkl", to="torchvision")
+        d2.convert(msra, to="torchvision")
+    assert names_in(msra.parent) == {"R-50.pkl"}
 
 
 # ---- libraries' weights, and the other containers --------------------------------------------

@@ -181,13 +181,11 @@ def test_no_match_at_all_fails_the_proof(small: nn.Module, check: Any, tmp_path:
 
 
 def test_the_stride_convention_is_part_of_the_proof(large: nn.Module, tmp_path: Path) -> None:
-    """A ResNet-50 fits either way; only the features tell."""
+    """A ResNet-50 fits either way; only the features tell (test_d2 has one that passes)."""
     state = backbone_state(large)
     backbone = Backbone("resnet50", state, MSRA, *UNSAID)
     check = parity.proof(backbone)
     converted = content(state, "resnet50", MSRA)
-    torch.save(converted, tmp_path / "msra_d2.pth")
-    assert max(check(tmp_path / "msra_d2.pth").differences.values()) < 1e-5
     converted["facts"]["stride_in_1x1"] = False
     torch.save(converted, tmp_path / "msra_d2.pth")
     with pytest.raises(InputError, match="res3 is the first"):
