@@ -6,6 +6,7 @@ Every pair is measured in turns, baseline and ours, and the fastest of each coun
 machine slows both alike.
 """
 
+import ctypes
 import dataclasses
 import math
 import statistics
@@ -54,8 +55,10 @@ def _stage2(sizes: Sizes, shared: bool) -> Measured:
     """Baseline: each image's K + 1 rows gathered from both banks, as the released code does."""
     problem = Preservation(sizes, shared)
     exact = problem.exact_loss()
-    values = [problem.ours(0), problem.gathered(), problem.dense()]
-    problem.restore()
+    values = []
+    for way in (lambda: problem.ours(0), problem.gathered, problem.dense):
+        problem.restore()
+        values.append(way())
     seconds = in_turns(
         [problem.gathered, problem.dense, lambda: problem.ours(0)], sizes.repeats, ours_times=3
     )
@@ -102,7 +105,6 @@ class Preservation:
             bank.storage.copy_(rows)
 
     def ours(self, step: int) -> float:
-        self.restore()
         v, t = self.v.clone().requires_grad_(), self.t.clone().requires_grad_()
         loss = self.term.contrast(v, t, self.labels, self.index, step)
         loss.backward()
@@ -122,7 +124,6 @@ class Preservation:
         return self._plain(lambda e, rows: (e @ rows.T).gather(1, self.contrast))
 
     def _plain(self, similarities: Callable[[Tensor, Tensor], Tensor]) -> float:
-        self.restore()
         v, t = self.v.clone().requires_grad_(), self.t.clone().requires_grad_()
         share, total = self.sizes.negatives / self.sizes.images, torch.zeros(())
         for embedding, bank, log_z in zip((v, t), self.banks, self.term.log_z, strict=True):
@@ -165,7 +166,7 @@ def stage1(images: int = 400_000, repeats: int = 5) -> Measured:
         loss = losses.instance_loss(u, rows, index, TAU).mean()
         return float(loss.detach()), torch.autograd.grad(loss, u)[0]
 
-    ours()
+    bank_instance_loss(embedding, rows[:B], rows[:1000], TAU)  # warms the libraries up
     our_peak, base_peak = peak_extra_bytes(ours), peak_extra_bytes(materialised)
     (value, gradient), (expected, expected_gradient) = ours(), materialised()
     error = float((gradient - expected_gradient).norm() / expected_gradient.norm())
@@ -351,6 +352,7 @@ def peak_extra_bytes(function: Callable[[], Any]) -> float:
         line = next(x for x in status.read_text().splitlines() if x.startswith(name))
         return int(line.split()[1]) * 1024
 
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back, so that its reuse is seen
     before = field("VmRSS:")
     reset.write_text("5")  # the peak begins anew
     function()
