@@ -18,12 +18,13 @@ from convert.reading import read
 from convert.recognise import Recognition, recognise
 from convert.refusals import reason_of_name
 from convert.sources import AUTHOR, Convention
-from core.checkpoint import is_ours
+from core.checkpoint import VERSION, is_ours
 from core.errors import InputError
 from core.resnet import ARCHITECTURES
 from core.results import sha256_of
 
 KEPT = ("method", "epoch", "seed", "dataset", "image_size", "num_classes", "config", "code")
+STATED = ("arch", "mean", "std", "channel_order", "stride_in_1x1")
 BN_EPSILON = 1e-5
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -175,13 +176,22 @@ def _float32(value: Tensor) -> Tensor:
 
 
 def _facts_of(content: Any) -> dict[str, Any]:
-    """What one of our own files, a checkpoint or a converted one, says of itself."""
+    """What one of our own files, a checkpoint or a converted one, says of itself.
+
+    Raises:
+        ValueError: it is of a newer version, or does not say how images enter.
+    """
     if not isinstance(content, Mapping):
         return {}
-    ours = is_ours(content) or content.get("__author__") == AUTHOR
-    facts = content.get("facts") if ours else None
-    if not isinstance(facts, Mapping):
+    if is_ours(content) and content.get("version", 0) > VERSION:
+        raise ValueError(f"it has version {content['version']}, newer than {VERSION}: update")
+    facts = content.get("facts")
+    if not is_ours(content) and content.get("__author__") != AUTHOR:
         return {}
+    facts = facts if isinstance(facts, Mapping) else {}
+    absent = [key for key in STATED if key not in facts]
+    if absent:
+        raise ValueError(f"its facts lack {', '.join(absent)}: it is damaged")
     facts = dict(facts)
     if is_ours(content):  # core.checkpoint.Facts has RGB on 0…1
         for key in ("mean", "std"):
@@ -226,9 +236,7 @@ def _convention(facts: Mapping[str, Any], otherwise: Convention, name: str) -> C
         mean, std = (tuple(float(v) for v in facts[key]) for key in ("mean", "std"))
         order, stride = facts["channel_order"], facts["stride_in_1x1"]
     except (KeyError, TypeError, ValueError):
-        raise InputError(
-            f"{name}: its facts about mean, std and channel order are damaged"
-        ) from None
+        raise InputError(damaged) from None
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0 or order not in ("RGB", "BGR"):
         raise InputError(damaged)
     return Convention((*mean,), (*std,), order, bool(stride))

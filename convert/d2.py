@@ -71,17 +71,16 @@ def convert(
     """
     target = default_output(path, to) if output is None else Path(output)
     _check_target(target, path, to)
-    backbone = read_backbone(path, format=format, drop=drop, mean=mean, std=std)
-    if to == "torchvision":
-        backbone = _for_torchvision(backbone)
-    _check_overwrite(target, backbone, overwrite)
+    source = read_backbone(path, format=format, drop=drop, mean=mean, std=std)
+    backbone = _for_torchvision(source) if to == "torchvision" else source
+    _check_overwrite(target, source, overwrite)
     facts = backbone.facts()
-    check = prove(backbone) if prove else None
+    check = prove(source) if prove else None
     content = _content(backbone, facts, to)
     with _folder_beside(target) as folder:
         unproved = folder / target.name
         save_atomically(content, unproved)
-        del backbone, content  # so that the proof's two copies find the memory free
+        del source, backbone, content  # so that the proof's two copies find the memory free
         proof = check(unproved) if check else None
         unproved.replace(target)
     return Conversion(target, facts, proof)

@@ -136,6 +136,30 @@ def test_a_checkpoint_of_ours_hands_its_facts_on(network: nn.Module, tmp_path: P
         read_backbone(tmp_path / "epoch_0007.pth", mean=[0, 0, 0], std=[255, 255, 255])
 
 
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (lambda c: c["facts"].pop("mean"), "facts lack mean"),
+        (lambda c: c.pop("facts") and c.update(facts={}), "facts lack arch, mean"),
+        (lambda c: c.update(version=99), "version 99, newer than 1"),
+        (lambda c: c["facts"].update(std=[0.0, 1.0, 1.0]), "std and channel order are damaged"),
+        (lambda c: c["facts"].update(arch="resnet34"), "calls itself resnet34, but is a resnet18"),
+    ],
+)
+def test_damaged_facts_of_ours_are_refused(
+    network: nn.Module, harm: Callable[[Any], Any], reason: str, tmp_path: Path
+) -> None:
+    """A checkpoint of ours that does not say its mean must not get ImageNet's."""
+    facts = Facts("resnet18", 3, "ctc", 7, 3, "shapes", 64, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+    save_checkpoint(tmp_path / "e.pth", {"fc.bias": network.state_dict()["fc.bias"]}, facts)
+    content = torch.load(tmp_path / "e.pth", weights_only=True)
+    content["model"] = network.state_dict()
+    harm(content)
+    torch.save(content, tmp_path / "e.pth")
+    with pytest.raises(InputError, match=reason):
+        read_backbone(tmp_path / "e.pth")
+
+
 @pytest.mark.parametrize("arch", ["resnet18_cifar", "resnext32_16x4d", "wrn_28_4"])
 def test_our_cifar_networks_are_refused_by_name(arch: str, tmp_path: Path) -> None:
     state = create_model(arch, 4).state_dict()
