@@ -4,12 +4,15 @@ import contextlib
 import dataclasses
 import io
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+
+from core.errors import InputError
 
 STATS = (
     "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
@@ -44,13 +47,15 @@ def evaluate(
         truth: the annotations.
         detections: image_id, category_id (the json's), score, bbox and, for "segm", segmentation.
         iou_type: "bbox" or "segm".
-        backend: whose numbers; see ``BACKENDS``.
+        backend: whose implementation; a key of ``BACKENDS``.
     """
     if iou_type == "segm":  # with a bbox present, the size class would be the box's
         detections = [{k: v for k, v in d.items() if k != "bbox"} for d in detections]
+    else:
+        detections = [dict(d) for d in detections]  # they get areas and ids
+    make = BACKENDS[backend] if detections else _pycocotools
     with contextlib.redirect_stdout(io.StringIO()):
-        found = _loaded(truth, list(detections))
-        judge = COCOeval(truth, found, iou_type)
+        judge = make(truth, detections, iou_type)
         judge.evaluate()
         judge.accumulate()
         judge.summarize()
@@ -58,10 +63,26 @@ def evaluate(
     names = [entry["name"] for entry in truth.loadCats(sorted(truth.getCatIds()))]
     return Evaluation(
         iou_type=iou_type,
-        stats={k: _defined(v) for k, v in zip(STATS, judge.stats, strict=True)},
+        stats={k: _defined(v) for k, v in zip(STATS, list(judge.stats)[:12], strict=True)},
         per_class={name: _mean(precision[:, :, k, 0, -1]) for k, name in enumerate(names)},
         precision=precision,
     )
+
+
+def choose(backend: str) -> str:
+    """Return the backend that a name means; "auto" is the fastest one that is installed.
+
+    Raises:
+        InputError: unknown, or not installed (says what to install).
+    """
+    if backend == "auto":
+        return next(name for name in FASTEST_FIRST if find_spec(MODULES[name]))
+    if backend not in BACKENDS:
+        raise InputError(f"COCO backend {backend!r} is not one of auto, {', '.join(BACKENDS)}")
+    if not find_spec(MODULES[backend]):
+        package = MODULES[backend].replace("_", "-")
+        raise InputError(f"COCO backend {backend} needs `pip install {package}`")
+    return backend
 
 
 def read_truth(path: str | Path) -> COCO:
@@ -70,14 +91,39 @@ def read_truth(path: str | Path) -> COCO:
         return COCO(str(path))
 
 
-def _loaded(truth: COCO, detections: list[dict[str, Any]]) -> COCO:
-    if detections:
-        return truth.loadRes(detections)
-    empty = COCO()
-    empty.dataset = {key: truth.dataset[key] for key in ("images", "categories")}
-    empty.dataset["annotations"] = []
-    empty.createIndex()
-    return empty
+def _pycocotools(truth: COCO, detections: list[dict[str, Any]], iou_type: str) -> Any:
+    own = _copy(truth)
+    found = own.loadRes(detections) if detections else _copy(truth, annotations=[])
+    return COCOeval(own, found, iou_type)
+
+
+def _faster(truth: COCO, detections: list[dict[str, Any]], iou_type: str) -> Any:
+    from faster_coco_eval import COCOeval_faster
+
+    own = _copy(truth)
+    return COCOeval_faster(own, own.loadRes(detections), iou_type)
+
+
+def _hotcoco(truth: COCO, detections: list[dict[str, Any]], iou_type: str) -> Any:
+    import hotcoco
+
+    own = hotcoco.COCO(truth.dataset)
+    return hotcoco.COCOeval(own, own.loadRes(detections), iou_type)
+
+
+def _copy(truth: COCO, annotations: list[dict[str, Any]] | None = None) -> COCO:
+    """Return the truth with annotations of its own: judging masks rewrites them in place."""
+    copy = COCO()
+    kept = truth.dataset["annotations"] if annotations is None else annotations
+    copy.dataset = truth.dataset | {"annotations": [dict(a) for a in kept]}
+    with contextlib.redirect_stdout(io.StringIO()):
+        copy.createIndex()
+    return copy
+
+
+BACKENDS = {"pycocotools": _pycocotools, "faster": _faster, "hotcoco": _hotcoco}
+MODULES = {"pycocotools": "pycocotools", "faster": "faster_coco_eval", "hotcoco": "hotcoco"}
+FASTEST_FIRST = ("hotcoco", "faster", "pycocotools")
 
 
 def _mean(precision: np.ndarray) -> float | None:

@@ -21,6 +21,7 @@ from core.errors import InputError
 from detection import cfg as configs
 from detection import weights as weight_files
 from detection.checkpointer import Checkpointer
+from detection.coco_backends import choose
 from detection.compat import versions
 from detection.datasets import CocoPair, check_same_classes, open_named, open_pair
 from detection.trainer import DTYPES, check_batch
@@ -145,7 +146,7 @@ def _resolve(request: Request) -> tuple[CfgNode, dict[str, Any]]:
     cfg.SUITE.PROTOCOL = configs.protocol_name(cfg, changed)
     cfg.OUTPUT_DIR = request.output or cfg.OUTPUT_DIR
     cfg.MODEL.WEIGHTS = request.weights or cfg.MODEL.WEIGHTS
-    cfg.SUITE.COCO_BACKEND = request.coco_backend or cfg.SUITE.COCO_BACKEND
+    cfg.SUITE.COCO_BACKEND = choose(request.coco_backend or cfg.SUITE.COCO_BACKEND)
     if request.seed is not None:
         cfg.SEED = request.seed
     if cfg.SEED < 0:

@@ -1,5 +1,6 @@
 """One detection run: prepared, trained (or resumed), saved, evaluated, recorded as result rows."""
 
+import contextlib
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ from detectron2.utils.events import TensorboardXWriter
 from core.checkpoint import atomic_file
 from core.errors import InputError
 from core.results import ResultRow, append_rows, read_rows
-from detection import datasets
+from detection import datasets, signals
 from detection.checkpointer import Checkpointer, SaveHook, bare, restore
 from detection.coco_backends import Evaluation
 from detection.evaluation import as_metrics, evaluate_model, result_rows, table
@@ -48,15 +49,17 @@ def run(request: Request) -> int:
             settle(job, Path(scratch))
         if job.details["device"] == "cpu" and job.processes > 1:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or detectron2 would choose NCCL
+        several = job.world_size > 1
         try:
-            launch(
-                _guarded if job.world_size > 1 else work,
-                job.processes,
-                num_machines=request.num_machines,
-                machine_rank=request.machine_rank,
-                dist_url=request.dist_url,
-                args=(job,),
-            )
+            with signals.passed_on() if several else contextlib.nullcontext():
+                launch(
+                    _guarded if several else work,
+                    job.processes,
+                    num_machines=request.num_machines,
+                    machine_rank=request.machine_rank,
+                    dist_url=request.dist_url,
+                    args=(job,),
+                )
         except torch.multiprocessing.ProcessExitedException as error:
             return error.exit_code if error.exit_code > 0 else 1
         except NotFiniteError as error:
@@ -127,8 +130,11 @@ def _train(job: Job) -> None:
 
     if comm.is_main_process():
         trim_metrics(job.folder / "metrics.json", start)
-    save_hook = SaveHook(checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD)
-    add_hooks(trainer, cfg, save_hook, evaluate, _writers(job, start), is_terminal())
+    save_hooks = [
+        SaveHook(checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
+        signals.StopOnSignal(checkpointer),
+    ]
+    add_hooks(trainer, cfg, save_hooks, evaluate, _writers(job, start), is_terminal())
     if newest:
         restore(trainer, newest[1])  # after the hooks are there: the schedule is one of them
         trainer.reset_data_loader(lambda: EndlessBatches(cfg, records, start))

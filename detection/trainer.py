@@ -16,6 +16,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase, SimpleTrainer, hooks
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
 from torch import nn
@@ -71,7 +72,7 @@ class Trainer(SimpleTrainer):
         with torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype is not None):
             losses = self._losses(data)
         self.optimizer.zero_grad()
-        self.scaler.scale(sum(losses.values())).backward()
+        self.scaler.scale(torch.stack(list(losses.values())).sum()).backward()
         self.after_backward()
         try:
             self._write_metrics(losses, data_time)
@@ -166,11 +167,27 @@ class ProgressHook(HookBase):
             self.bar.close()
 
 
+def build_adamw(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """Return AdamW at SOLVER.BASE_LR, with detectron2's rules for the decay of norms and biases."""
+    parameters = get_default_optimizer_params(
+        model,
+        base_lr=cfg.SOLVER.BASE_LR,
+        weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+        bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+        weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+    )
+    adamw = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
+    return adamw(parameters, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
+
+
+OPTIMIZERS = {"SGD": build_optimizer, "AdamW": build_adamw}
+
+
 def build(cfg: CfgNode, records: list[Record]) -> Trainer:
     """Build model, optimiser and schedule on this rank; hooks are added by ``add_hooks``."""
     seed_torch(cfg.SEED)  # the same initial weights on all ranks
     model = build_model(cfg)
-    optimizer = build_optimizer(cfg, model)
+    optimizer = OPTIMIZERS[cfg.SOLVER.OPTIMIZER](cfg, model)
     scheduler = build_lr_scheduler(cfg, optimizer)
     if comm.get_world_size() > 1:
         cuda = cfg.MODEL.DEVICE.startswith("cuda")
@@ -186,7 +203,7 @@ def build(cfg: CfgNode, records: list[Record]) -> Trainer:
 def add_hooks(
     trainer: Trainer,
     cfg: CfgNode,
-    save_hook: HookBase,
+    save_hooks: list[HookBase],
     evaluate: Callable[[], dict[str, Any]],
     writers: list[Any],
     bar: bool,
@@ -206,7 +223,7 @@ def add_hooks(
         all_hooks.append(
             PreciseBN(cfg.TEST.EVAL_PERIOD, trainer.model, batches, precise.NUM_ITER, cfg.SEED)
         )
-    all_hooks += [save_hook, EvaluateHook(cfg.TEST.EVAL_PERIOD, evaluate)]
+    all_hooks += [*save_hooks, EvaluateHook(cfg.TEST.EVAL_PERIOD, evaluate)]
     if comm.is_main_process():
         if bar:
             all_hooks.append(ProgressHook(cfg.SUITE.PROTOCOL))
@@ -215,7 +232,10 @@ def add_hooks(
 
 
 def check_batch(cfg: CfgNode, world_size: int) -> None:
-    """Raise InputError unless the batch divides evenly over the processes."""
+    """Raise InputError unless the optimiser is known and the batch divides over the processes."""
+    if cfg.SOLVER.OPTIMIZER not in OPTIMIZERS:
+        known = ", ".join(OPTIMIZERS)
+        raise InputError(f"SOLVER.OPTIMIZER {cfg.SOLVER.OPTIMIZER!r} is not one of {known}")
     if cfg.SOLVER.IMS_PER_BATCH % world_size or world_size > cfg.SOLVER.IMS_PER_BATCH:
         raise InputError(
             f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} cannot be split evenly over "

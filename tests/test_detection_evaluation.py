@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from pycocotools import mask as coco_mask
 
 from core.errors import InputError
 from detection import evaluation
-from detection.coco_backends import evaluate, read_truth
+from detection.coco_backends import MODULES, choose, evaluate, read_truth
 from tests.detection_tiny import write_pair
 
 
@@ -103,10 +105,79 @@ def test_a_file_of_no_detections_is_refused(truth_file: Path, tmp_path: Path, te
         evaluation.evaluate_saved(truth_file, saved, "pycocotools")
 
 
-def test_the_recorded_numbers_of_real_detections(shared_data: Path) -> None:
+@pytest.mark.parametrize("backend", ["pycocotools", "faster", "hotcoco"])
+def test_the_recorded_numbers_of_real_detections(shared_data: Path, backend: str) -> None:
+    pytest.importorskip(MODULES[backend])
     pairs = json.loads((shared_data / "evaluator" / "expected.json").read_text())["pairs"]
+    assert len(pairs) == 6
     for pair in pairs:
         truth = read_truth(shared_data / pair["gt"])
         detections = json.loads((shared_data / pair["dt"]).read_text())
-        found = evaluate(truth, detections, pair["iou_type"]).stats
-        assert found == pytest.approx(pair["stats"], abs=1e-12)
+        found = evaluate(truth, detections, pair["iou_type"], backend).stats
+        assert found == pytest.approx(pair["stats"], abs=1e-10)
+
+
+def _random_case(folder: Path, seed: int) -> tuple[Any, list[dict[str, Any]]]:
+    """Objects and detections: crowds, tied scores, images without either, undetected classes."""
+    generator = np.random.default_rng(seed)
+    content: dict[str, Any] = {"images": [], "annotations": [], "categories": []}
+    content["categories"] = [{"id": k, "name": f"class {k}"} for k in (2, 3, 9)]
+    detections = []
+    for image_id in range(1, 21):
+        content["images"].append(
+            {"id": image_id, "file_name": "x.png", "height": 200, "width": 200}
+        )
+        for _ in range(generator.integers(0, 7)):
+            x, y = generator.integers(0, 100, 2)
+            w, h = generator.integers(4, 100, 2)
+            crowd = int(generator.random() < 0.2)
+            box = [int(v) for v in (x, y, w, h)]
+            mask = np.zeros((200, 200, 1), np.uint8, order="F")
+            mask[y : y + h, x : x + w] = 1
+            rle = coco_mask.encode(mask)[0]
+            rle["counts"] = rle["counts"].decode()
+            polygon = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            common = {"image_id": image_id, "category_id": int(generator.choice([2, 3, 9]))}
+            annotation = {"id": len(content["annotations"]) + 1, "iscrowd": crowd, "bbox": box}
+            annotation |= {"area": int(w * h)}
+            annotation["segmentation"] = rle if crowd else [[int(v) for v in polygon[0]]]
+            content["annotations"].append(common | annotation)
+            for _ in range(generator.integers(0, 4)):
+                shift = generator.integers(-6, 7, 2)
+                moved = [max(0, box[0] + int(shift[0])), max(0, box[1] + int(shift[1])), *box[2:]]
+                score = float(generator.choice([0.25, 0.5, 0.75, generator.random()]))
+                if common["category_id"] != 9:
+                    detections.append(
+                        common | {"bbox": moved, "segmentation": dict(rle), "score": score}
+                    )
+    path = folder / f"random{seed}.json"
+    path.write_text(json.dumps(content))
+    return read_truth(path), detections
+
+
+@pytest.mark.parametrize("backend", ["faster", "hotcoco"])
+@pytest.mark.parametrize("task", ["bbox", "segm"])
+def test_fast_backends_agree_with_the_one_of_record(
+    tmp_path: Path, backend: str, task: str
+) -> None:
+    pytest.importorskip(MODULES[backend])
+    for seed in range(3):
+        truth, detections = _random_case(tmp_path, seed)
+        record = evaluate(truth, detections, task)
+        fast = evaluate(truth, detections, task, backend)
+        assert fast.stats == pytest.approx(record.stats, abs=1e-10)
+        assert fast.per_class == pytest.approx(record.per_class, abs=1e-10)
+        assert np.abs(fast.precision - record.precision).max() < 1e-10
+
+
+def test_judging_masks_leaves_the_truth_as_it_was(truth_file: Path) -> None:
+    truth = read_truth(truth_file)
+    before = json.dumps(truth.dataset)
+    evaluate(truth, _perfect(truth), "segm")
+    assert json.dumps(truth.dataset) == before
+
+
+def test_an_unknown_backend_is_refused_and_auto_is_one_of_them() -> None:
+    with pytest.raises(InputError, match="fast"):
+        choose("fast")
+    assert choose("auto") in MODULES

@@ -1,7 +1,9 @@
 """Whole runs of a tiny detector: refusals, exact resume, result rows, judging alone."""
 
 import json
-from collections.abc import Iterator
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +50,19 @@ def _model(folder: Path) -> dict[str, torch.Tensor]:
     return dict(content["model"])
 
 
-def _interrupted(data: Path, weights: Path, output: Path, after: int) -> None:
-    """Leave a folder as a run that died during iteration ``after`` + 1 leaves it."""
+def _die() -> None:
+    raise KeyboardInterrupt
+
+
+def _interrupted(
+    data: Path,
+    weights: Path,
+    output: Path,
+    after: int,
+    by: Callable[[], None] = _die,
+    error: type[BaseException] = KeyboardInterrupt,
+) -> None:
+    """Leave a folder as a run that died after ``after`` iterations leaves it."""
     from detectron2.engine import HookBase
 
     from detection import run as running
@@ -57,7 +70,7 @@ def _interrupted(data: Path, weights: Path, output: Path, after: int) -> None:
     class Stop(HookBase):
         def after_step(self) -> None:
             if self.trainer.iter + 1 == after:
-                raise KeyboardInterrupt
+                by()
 
     original = running.add_hooks
 
@@ -67,7 +80,7 @@ def _interrupted(data: Path, weights: Path, output: Path, after: int) -> None:
 
     running.add_hooks = with_stop
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(error):
             run(request(data, output, weights=str(weights), seed=7))
     finally:
         running.add_hooks = original
@@ -122,6 +135,23 @@ def test_a_resumed_run_ends_with_the_same_bits(
     lines = (tmp_path / "r" / "metrics.json").read_text().splitlines()
     iterations = [json.loads(line)["iteration"] for line in lines]
     assert len(set(iterations)) == len(iterations)
+
+
+def test_sigterm_saves_at_the_end_of_its_iteration(
+    data: Path, weights: Path, finished: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "r"
+
+    def terminate() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    _interrupted(data, weights, output, 2, terminate, SystemExit)
+    assert signal.getsignal(signal.SIGTERM) == before
+    saved = sorted(path.name for path in output.glob("model_*.pth"))
+    assert saved == ["model_0000001.pth", "model_0000002.pth"]  # the signal came after its hook
+    assert run(request(data, output, seed=7, resume=True)) == 0
+    assert all(torch.equal(v, _model(output)[k]) for k, v in _model(finished).items())
 
 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(

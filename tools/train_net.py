@@ -35,6 +35,9 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument(f"--{split}-images", default="", help="the folder of their images")
     p.add_argument("--dataset", default="", help="name of the data given by json, for the rows")
     p.add_argument(
+        "--coco-backend", default="", help="pycocotools (of record), faster, hotcoco, or auto"
+    )
+    p.add_argument(
         "--assume-convention",
         action="store_true",
         help="vouch that weights which do not say so expect the config's mean, std, order, stride",
