@@ -21,8 +21,9 @@ from pretrain.products import similarities, weighted_sums
 LOG2_E = math.log2(math.e)
 EXCLUDED = -1e30  # a logit that stands for −inf, without its NaNs
 KERNELS = ("auto", "chunks", "fused")
-CHUNK = 16384  # bank rows of a pass on a CPU: B×C logits and C×D rows stay in its last cache
-DEVICE_CHUNK = 32768  # and on a GPU, where each pass costs its launches
+CHUNK = 16384  # bank rows of a pass on a CPU: they stay in its last cache
+DEVICE_CHUNK = 262144  # and at most on a GPU, where each pass costs its launches
+LOGITS = {"cpu": 1 << 20, "cuda": 1 << 23}  # B×C numbers of a pass, at most
 HEADS = 128  # parts of the bank that a fused kernel works on at the same time
 
 
@@ -61,10 +62,17 @@ def fused_serves(device: torch.device, dim: int) -> bool:
     return near and torch.allclose(mean, expected_mean, rtol=1e-4, atol=1e-6)
 
 
+def rows_per_pass(queries: Tensor, on_cpu: int) -> int:
+    """Return C for B×D queries: bounded by itself and by the size of the B×C logits."""
+    device = queries.device.type
+    most = LOGITS.get(device, LOGITS["cuda"]) // max(len(queries), 1)
+    return min(on_cpu if device == "cpu" else DEVICE_CHUNK, max(most, 256))
+
+
 def _attend_in_chunks(queries: Tensor, rows: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     state = OnlineSoftmax(queries)
     scaled = queries * (scale * LOG2_E)
-    for part in rows.split(CHUNK if rows.device.type == "cpu" else DEVICE_CHUNK):
+    for part in rows.split(rows_per_pass(queries, CHUNK)):
         keys = part.to(queries.dtype)
         state.add(None, similarities(scaled, keys), None, keys)
     return state.result()

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core import dist
-from pretrain.attention import DEVICE_CHUNK, LOG2_E, OnlineSoftmax, merge_over_ranks, of_images
+from pretrain.attention import LOG2_E, OnlineSoftmax, merge_over_ranks, of_images, rows_per_pass
 from pretrain.losses import nce_constant, nce_shift
 from pretrain.negatives import Windows
 from pretrain.products import similarities, weighted_sums
@@ -279,8 +279,7 @@ def _pass_over(
     every = [dist.gather_rows(e) if settings.sharded else e for e in embeddings]
     queries = [e.detach() * (LOG2_E / settings.temperature) for e in every]
     gathered = [make(number, query) for number, query in enumerate(queries)]
-    on_cpu, dtype = queries[0].device.type == "cpu", queries[0].dtype
-    chunk = CHUNK if on_cpu else DEVICE_CHUNK
+    chunk, dtype = rows_per_pass(queries[0], CHUNK), queries[0].dtype
     readers = [Rows(bank, dtype, chunk) for bank in banks]
     for stratum in windows:
         for rows, images, counted in stratum.chunks(chunk, dtype):

@@ -18,7 +18,7 @@ import pytest
 from core.shapes_coco import write_coco
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY_RUN = "data.limit 40 loop.batch_size 20 loop.log_every 1 loop.amp none"
+TINY_RUN = "data.workers 0 data.limit 40 loop.batch_size 20 loop.log_every 1 loop.amp none"
 TINY_NPZ = "data.name npz data.root {npz} data.image_size 32"
 TINY_CTC = "ctc.stage1.epochs 1 ctc.stage2.epochs 1 ctc.num_negatives 8"
 TINY_NET = (
@@ -26,11 +26,10 @@ TINY_NET = (
     "SOLVER.WARMUP_ITERS 1 TEST.PRECISE_BN.ENABLED False DATALOADER.NUM_WORKERS 0"
 )
 R18 = "MODEL.RESNETS.DEPTH 18 MODEL.RESNETS.RES2_OUT_CHANNELS 64"
-TINY_FINETUNE = (
-    "loop.batch_size 16 finetune.steps 2 finetune.lr [0.01] finetune.weight_decay [0.0]"
-)
+TINY_FINETUNE = "loop.batch_size 16 finetune.steps 2 finetune.lr [0.01] finetune.weight_decay [0.0]"
 TINY_SUITE = (
     "initialisations.random.overrides.data.limit 40 "
+    "initialisations.random.overrides.loop.batch_size 20 "
     "protocols.mask_rcnn_R18_FPN_shapes.overrides.SOLVER.MAX_ITER 2 "
     "protocols.mask_rcnn_R18_FPN_shapes.overrides.SUITE.SHAPES.TRAIN_IMAGES 8 "
     "protocols.mask_rcnn_R18_FPN_shapes.overrides.SUITE.SHAPES.VAL_IMAGES 4"
