@@ -55,7 +55,7 @@ class IndexedDataset(Dataset[Any]):
     is left as it was.
 
     Attributes:
-        labels: N int64, or N×K of 0 and 1 for a data set with several labels an image.
+        labels: N int64; or N×K of 1, 0 and −1 (not judged) where an image has several labels.
         classes: K names.
         split: the official split that the images come from ("train" where val is held out of it).
         mean, std: of RGB in 0..1, for ``normalise``.
