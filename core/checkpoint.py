@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import os
 import pickle
+import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -119,7 +120,15 @@ def load_plain(path: str | Path, map_location: str | torch.device = "cpu") -> An
                 f"({_offender(error)}); save it again as a plain state_dict"
             ) from None
         raise InputError(f"{path} is damaged or no torch checkpoint: {error}") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, OSError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        OSError,
+    ) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{path} is damaged or no torch checkpoint: {reason}") from None
 
@@ -214,7 +223,5 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _offender(error: Exception) -> str:
-    for word in str(error).replace("`", " ").split():
-        if "." in word and not word.startswith(("torch.load", "torch.serialization")):
-            return word.strip("[],;:'\"()")
-    return "unknown object"
+    found = re.search(r"(?:GLOBAL|class|object of type) `?([\w.]+\.[\w.]+)", str(error))
+    return found.group(1) if found else "an object that is no tensor"
