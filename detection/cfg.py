@@ -19,6 +19,7 @@ from detectron2.config import CfgNode, get_cfg
 from core.config import find_config, read_with_bases
 from core.errors import InputError
 from core.results import config_hash
+from detection import heads as heads  # registers the head that the C4 protocols name
 
 # Keys that do not make another protocol: where, on what and from which weights it runs. The input
 # convention (mean, std, order, stride) belongs to the weights and is checked against them.
@@ -38,6 +39,7 @@ NEUTRAL = (
     "MODEL.RESNETS.STRIDE_IN_1X1",
     "MODEL.ROI_HEADS.NUM_CLASSES",
     "MODEL.RETINANET.NUM_CLASSES",
+    "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS",
     "INPUT.FORMAT",
     "INPUT.MASK_FORMAT",
     "SOLVER.CHECKPOINT_PERIOD",

@@ -17,6 +17,7 @@ from core.errors import InputError
 STATS = (
     "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
 )  # fmt: skip
+KEYPOINT_STATS = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Evaluation:
     T IoU thresholds, R recall points, K classes, A size classes, M detection limits.
     """
 
-    iou_type: str  # "bbox" or "segm"
+    iou_type: str  # "bbox", "segm" or "keypoints"
     stats: dict[str, float | None]  # 0..1; None where there is no object to find
     per_class: dict[str, float | None]  # AP, 0..1
     precision: np.ndarray  # T×R×K×A×M; −1 where undefined
@@ -39,32 +40,40 @@ class Evaluation:
 
 
 def evaluate(
-    truth: COCO, detections: Sequence[dict[str, Any]], iou_type: str, backend: str = "pycocotools"
+    truth: COCO,
+    detections: Sequence[dict[str, Any]],
+    iou_type: str,
+    backend: str = "pycocotools",
+    sigmas: Sequence[float] = (),
 ) -> Evaluation:
     """Judge detections in COCO's result format; none at all is an AP of 0, not an error.
 
     Args:
         truth: the annotations.
         detections: image_id, category_id (the json's), score, bbox and, for "segm", segmentation.
-        iou_type: "bbox" or "segm".
+        iou_type: "bbox", "segm" or "keypoints" (those by pycocotools alone).
         backend: whose implementation; a key of ``BACKENDS``.
+        sigmas: one per keypoint, for the similarity; COCO's 17 where empty.
     """
     if iou_type == "segm":  # with a bbox present, the size class would be the box's
         detections = [{k: v for k, v in d.items() if k != "bbox"} for d in detections]
     else:
         detections = [dict(d) for d in detections]  # they get areas and ids
-    make = BACKENDS[backend] if detections else _pycocotools
+    names = KEYPOINT_STATS if iou_type == "keypoints" else STATS
+    make = BACKENDS[backend] if detections and names is STATS else _pycocotools
     with contextlib.redirect_stdout(io.StringIO()):
         judge = make(truth, detections, iou_type)
+        if sigmas:
+            judge.params.kpt_oks_sigmas = np.array(sigmas)
         judge.evaluate()
         judge.accumulate()
         judge.summarize()
     precision = np.asarray(judge.eval["precision"])
-    names = [entry["name"] for entry in truth.loadCats(sorted(truth.getCatIds()))]
+    classes = [entry["name"] for entry in truth.loadCats(sorted(truth.getCatIds()))]
     return Evaluation(
         iou_type=iou_type,
-        stats={k: _defined(v) for k, v in zip(STATS, list(judge.stats)[:12], strict=True)},
-        per_class={name: _mean(precision[:, :, k, 0, -1]) for k, name in enumerate(names)},
+        stats={k: _defined(v) for k, v in zip(names, judge.stats, strict=True)},
+        per_class={name: _mean(precision[:, :, k, 0, -1]) for k, name in enumerate(classes)},
         precision=precision,
     )
 

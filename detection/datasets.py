@@ -1,45 +1,38 @@
 """Detection data: any COCO-format pair of json and image folder, checked before a run begins.
 
 A pair is checked for what would else surface after hours: a json that is not COCO, missing images,
-annotations of unknown categories, images that do not decode. COCO itself is looked for where
-detectron2 does, in ``$DETECTRON2_DATASETS``; the embedded shapes are drawn when they are named.
+annotations of unknown categories, images that do not decode. ``detection.catalogue`` opens by name.
 """
 
 import dataclasses
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
 from PIL import Image, UnidentifiedImageError
 
-from core.config import ROOT
 from core.errors import InputError
 
-SHAPES = "shapes"
 DECODE_UP_TO = 1000  # images that are decoded before a run starts; more than these, while it runs
 ORIENTATION = 0x0112  # EXIF tag; 5..8 swap height and width
-LAYOUT = """expected layout:
-  $DETECTRON2_DATASETS/coco/annotations/instances_{train,val}2017.json
-  $DETECTRON2_DATASETS/coco/{train,val}2017/*.jpg"""
 
 
 @dataclasses.dataclass(frozen=True)
-class CocoPair:
-    """One split: a COCO-format json and the folder that its file names are relative to."""
+class Split:
+    """One split of a data set: annotations, images, and what a config has to know of them."""
 
     name: str  # of the data set, as result rows name it
     split: str  # "train" or "val"
-    json: Path
-    images: Path
+    json: Path  # of a kind that has no json: the folder of its annotations
+    images: Path  # the folder that file names are relative to
     classes: tuple[str, ...]  # in the order of their category ids
     num_images: int
     num_objects: int  # without crowds
     has_masks: bool
     has_rle: bool  # a non-crowd mask is run-length encoded, which needs MASK_FORMAT "bitmask"
+    keypoints: tuple[str, ...] = ()  # their names, where objects have some
+    kind: str = "coco"  # whose rules judge it: "coco", "lvis", "voc", "cityscapes"
 
     @property
     def catalog_name(self) -> str:
@@ -47,20 +40,22 @@ class CocoPair:
         return f"{self.name}_{self.split}"
 
 
-def open_pair(json_path: str | Path, images: str | Path, split: str, name: str = "") -> CocoPair:
+def open_pair(
+    json_path: str | Path, images: str | Path, split: str, name: str = "", kind: str = "coco"
+) -> Split:
     """Check a json and its image folder, and describe them.
 
     Raises:
         InputError: missing file or folder, not COCO, a missing or undecodable image (named).
     """
     json_path, images = Path(json_path), Path(images)
-    content = _read_json(json_path)
+    content = read_annotations(json_path, kind)
     if not images.is_dir():
         raise InputError(f"image folder {images} does not exist (for {json_path})")
     categories = {entry["id"]: entry["name"] for entry in content["categories"]}
     _check_references(json_path, content, categories)
     objects = [a for a in content["annotations"] if not a.get("iscrowd", 0)]
-    pair = CocoPair(
+    pair = Split(
         name=name or _default_name(json_path),
         split=split,
         json=json_path.resolve(),
@@ -70,78 +65,14 @@ def open_pair(json_path: str | Path, images: str | Path, split: str, name: str =
         num_objects=len(objects),
         has_masks=any(a.get("segmentation") for a in objects),
         has_rle=any(isinstance(a.get("segmentation"), dict) for a in objects),
+        keypoints=tuple(content["categories"][0].get("keypoints", ())),
+        kind=kind,
     )
     _check_images(pair, content["images"])
     return pair
 
 
-def find_builtin(name: str) -> tuple[Path, Path]:
-    """Return json and image folder of a data set that detectron2 knows by name.
-
-    Raises:
-        InputError: unknown name, or files that are not there: where they were looked for, and how
-            to lay them out.
-    """
-    known = DatasetCatalog.list()
-    if name not in known:
-        near = [k for k in known if k.startswith(("coco_2017", name[:4]))]
-        raise InputError(
-            f"data set {name!r} is not known; known are {SHAPES}_train, {SHAPES}_val, "
-            f"{', '.join(sorted(near))}, or name a pair with --train-json and --train-images"
-        )
-    meta = MetadataCatalog.get(name)
-    json_path, images = getattr(meta, "json_file", None), getattr(meta, "image_root", None)
-    if json_path is None or images is None:
-        raise InputError(f"data set {name!r} is not in COCO format; name a pair of json and images")
-    for path in (Path(json_path), Path(images)):
-        if not path.exists():
-            root = os.environ.get("DETECTRON2_DATASETS")
-            where = f"$DETECTRON2_DATASETS is {root}" if root else "$DETECTRON2_DATASETS is not set"
-            raise InputError(
-                f"data set {name!r} is missing: looked for {path.absolute()} ({where});\n{LAYOUT}\n"
-                "or name any COCO-format pair with --train-json, --train-images, --val-json, "
-                "--val-images"
-            )
-    return Path(json_path), Path(images)
-
-
-def open_named(name: str, shapes: dict[str, Any]) -> CocoPair:
-    """Open ``shapes_train``, ``shapes_val`` or a data set that detectron2 knows.
-
-    Args:
-        name: as in ``DATASETS.TRAIN``.
-        shapes: the config's ``SUITE.SHAPES``.
-    """
-    stem, _, split = name.rpartition("_")
-    if stem == SHAPES and split in ("train", "val"):
-        return open_shapes(split, shapes)
-    return open_pair(*find_builtin(name), split=split, name=stem)
-
-
-def open_shapes(split: str, shapes: dict[str, Any], folder: Path | None = None) -> CocoPair:
-    """Draw one split of the embedded data, unless it is there already, and open it."""
-    from core.shapes import write_coco
-
-    json_path, images = write_coco(
-        folder or ROOT / "datasets",
-        split,
-        n=shapes[f"{split.upper()}_IMAGES"],
-        size=shapes["SIZE"],
-        seed=shapes["SEED"],
-    )
-    return open_pair(json_path, images, split, SHAPES)
-
-
-def register(pairs: Iterable[CocoPair]) -> None:
-    """Make the pairs known to detectron2's catalogue, in place of any older one of that name."""
-    for pair in pairs:
-        if pair.catalog_name in DatasetCatalog.list():
-            DatasetCatalog.remove(pair.catalog_name)
-            MetadataCatalog.pop(pair.catalog_name, None)
-        register_coco_instances(pair.catalog_name, {}, str(pair.json), str(pair.images))
-
-
-def check_same_classes(train: CocoPair, val: CocoPair) -> None:
+def check_same_classes(train: Split, val: Split) -> None:
     """Raise InputError unless both splits have the same classes in the same order."""
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))[:3] or ["another order"]
@@ -176,13 +107,22 @@ def check_decodes(path: Path, size: tuple[int, int] | None = None) -> None:
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_annotations(path: Path, kind: str = "coco") -> dict[str, Any]:
+    """Read a json and check that it is COCO's format; LVIS's is made so (file names, no crowds).
+
+    Raises:
+        InputError: it is not, and what it lacks.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from None
+    if kind == "lvis":
+        for entry in content["images"] if isinstance(content, dict) and "images" in content else ():
+            if "coco_url" in entry:  # …/train2017/000000155379.jpg
+                entry["file_name"] = "/".join(entry["coco_url"].split("/")[-2:])
     wanted = {"images": ("id", "file_name", "height", "width"), "categories": ("id", "name")}
     wanted["annotations"] = ("id", "image_id", "category_id", "bbox", "area")
     for key, fields in wanted.items():
@@ -220,7 +160,7 @@ def _check_references(path: Path, content: dict[str, Any], categories: dict[int,
             raise InputError(f"{where} has bbox {box}, not [x, y, width, height]")
 
 
-def _check_images(pair: CocoPair, images: list[dict[str, Any]]) -> None:
+def _check_images(pair: Split, images: list[dict[str, Any]]) -> None:
     present: dict[Path, set[str]] = {}
     for entry in images:
         path = pair.images / entry["file_name"]

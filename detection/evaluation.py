@@ -17,11 +17,12 @@ from torch import nn
 from core.errors import InputError
 from core.progress import Progress
 from core.results import ResultRow
-from detection.coco_backends import Evaluation, evaluate, read_truth
-from detection.datasets import CocoPair
+from detection import foreign
+from detection.coco_backends import Evaluation, read_truth
+from detection.coco_backends import evaluate as judge
+from detection.datasets import Split
 from detection.loader import test_loader
 
-ROW_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 RESULTS_FILE = "coco_instances_results.json"
 METRICS_FILE = "coco_metrics.json"
 IOU_OF_CURVES = {"0.5": 0, "0.75": 5}  # index of the IoU threshold
@@ -35,44 +36,55 @@ class Evaluator(COCOEvaluator):
     all twelve numbers, AP per class and precision-recall curves.
     """
 
-    def __init__(self, pair: CocoPair, tasks: Sequence[str], folder: Path, backend: str) -> None:
-        super().__init__(pair.catalog_name, tasks=tuple(tasks), output_dir=str(folder))
-        self.folder, self.backend = folder, backend
+    def __init__(self, split: Split, cfg: CfgNode, folder: Path) -> None:
+        super().__init__(split.catalog_name, tasks=tuple(tasks_of(cfg)), output_dir=str(folder))
+        self.split, self.folder = split, folder
+        self.backend = cfg.SUITE.COCO_BACKEND
+        self.sigmas = list(cfg.TEST.KEYPOINT_OKS_SIGMAS)
         self.evaluations: list[Evaluation] = []
 
     def _eval_predictions(
         self, predictions: list[dict[str, Any]], img_ids: list[int] | None = None
     ) -> None:
         detections = list(itertools.chain.from_iterable(p["instances"] for p in predictions))
-        contiguous = self._metadata.thing_dataset_id_to_contiguous_id
-        to_json = {index: category for category, index in contiguous.items()}
+        categories = sorted(self._coco_api.getCatIds())  # class k is the k-th id
         for detection in detections:
-            detection["category_id"] = to_json[detection["category_id"]]
+            detection["category_id"] = categories[detection["category_id"]]
         (self.folder / RESULTS_FILE).write_text(json.dumps(detections), encoding="utf-8")
-        self.evaluations = judge(self._coco_api, detections, self._tasks, self.backend, self.folder)
-        self._results.update(as_metrics(self.evaluations))
+        if self.split.kind == "lvis":
+            found = [foreign.judge_lvis(self.split.json, detections, t) for t in self._tasks]
+        else:
+            found = [
+                judge(self._coco_api, detections, task, self.backend, self.sigmas)
+                for task in self._tasks
+            ]
+        self.evaluations = report(found, self.folder)
+        self._results.update(as_metrics(found))
 
 
 def evaluate_model(
-    cfg: CfgNode, model: nn.Module, pair: CocoPair, folder: Path, bar: bool = False
+    cfg: CfgNode, model: nn.Module, split: Split, folder: Path, bar: bool = False
 ) -> list[Evaluation]:
     """Run the model over a split on all ranks; rank 0 returns the evaluations, the others none.
 
     Args:
         cfg: test-time sizes and thresholds.
         model: a detector, alone or under DDP; its training mode comes back afterwards.
-        pair: the split, registered.
+        split: the data, registered.
         folder: gets detections and metrics (``OUTPUT_DIR/inference``).
         bar: draw a bar on a terminal.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    loader = test_loader(cfg, pair.catalog_name)
-    evaluator = Evaluator(pair, tasks_of(cfg), folder, cfg.SUITE.COCO_BACKEND)
+    loader = test_loader(cfg, split.catalog_name)
+    own_rules = split.kind in ("voc", "cityscapes")
+    evaluator = foreign.evaluator(split) if own_rules else Evaluator(split, cfg, folder)
     quiet = not (bar and comm.is_main_process())
-    with Progress(len(loader), f"evaluating {pair.catalog_name}", quiet=quiet) as progress:
+    with Progress(len(loader), f"evaluating {split.catalog_name}", quiet=quiet) as progress:
         callbacks = {} if quiet else {"after_inference": progress.update}
-        inference_on_dataset(model, loader, evaluator, callbacks=callbacks)
-    return evaluator.evaluations
+        results = inference_on_dataset(model, loader, evaluator, callbacks=callbacks)
+    if isinstance(evaluator, Evaluator):
+        return evaluator.evaluations
+    return report(foreign.as_evaluations(results or {}), folder)
 
 
 def evaluate_saved(
@@ -105,30 +117,24 @@ def evaluate_saved(
         for task, field in (("bbox", "bbox"), ("segm", "segmentation"))
         if not detections or all(field in d for d in detections)
     ]
-    return judge(truth, detections, tasks, backend, folder)
+    return report([judge(truth, detections, task, backend) for task in tasks], folder)
 
 
-def judge(
-    truth: Any,
-    detections: list[dict[str, Any]],
-    tasks: Iterable[str],
-    backend: str,
-    folder: Path | None,
-) -> list[Evaluation]:
-    """Evaluate each task, log the tables and write ``coco_metrics.json``."""
-    evaluations = [evaluate(truth, detections, task, backend) for task in tasks]
+def report(evaluations: list[Evaluation], folder: Path | None) -> list[Evaluation]:
+    """Log AP per class and write ``coco_metrics.json`` where there is a folder; return the same."""
     for evaluation in evaluations:
         per_class = [(name, percent(ap)) for name, ap in evaluation.per_class.items()]
         logger.info(f"{evaluation.iou_type} AP per class:\n" + tabulate(per_class, floatfmt=".2f"))
-    if folder is not None:
+    if folder is not None and evaluations:
         content = {e.iou_type: metrics_of(e) for e in evaluations}
         (folder / METRICS_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
     return evaluations
 
 
 def tasks_of(cfg: CfgNode) -> list[str]:
-    """Return what the config's detector predicts: boxes, and masks if ``MODEL.MASK_ON``."""
-    return ["bbox", "segm"] if cfg.MODEL.MASK_ON else ["bbox"]
+    """Return what the config's detector predicts: boxes, and masks or keypoints where it does."""
+    masks = ["segm"] if cfg.MODEL.MASK_ON and cfg.MODEL.META_ARCHITECTURE != "RetinaNet" else []
+    return ["bbox", *masks, *(["keypoints"] if cfg.MODEL.KEYPOINT_ON else [])]
 
 
 def percent(value: float | None) -> float | None:
@@ -149,7 +155,7 @@ def metrics_of(evaluation: Evaluation) -> dict[str, Any]:
 def as_metrics(evaluations: Iterable[Evaluation]) -> dict[str, dict[str, float]]:
     """Return the AP metrics in detectron2's nesting, in percent, undefined ones left out."""
     return {
-        e.iou_type: {m: 100.0 * v for m in ROW_METRICS if (v := e.stats[m]) is not None}
+        e.iou_type: {m: 100.0 * v for m in metrics(e) if (v := e.stats[m]) is not None}
         for e in evaluations
     }
 
@@ -170,11 +176,17 @@ def result_rows(evaluations: Iterable[Evaluation], **identity: Any) -> list[Resu
             **identity,
         )
         for evaluation in evaluations
-        for metric in ROW_METRICS
+        for metric in metrics(evaluation)
     ]
 
 
-def table(evaluations: Iterable[Evaluation]) -> str:
+def metrics(evaluation: Evaluation) -> list[str]:
+    """Return the metrics that become rows: every AP (recalls stay in ``coco_metrics.json``)."""
+    return [name for name in evaluation.stats if name.startswith("AP")]
+
+
+def table(evaluations: Sequence[Evaluation]) -> str:
     """Return the AP table that a run ends with."""
-    lines = [[e.iou_type, *(percent(e.stats[m]) for m in ROW_METRICS)] for e in evaluations]
-    return tabulate(lines, headers=["", *ROW_METRICS], floatfmt=".2f", missingval="–")
+    columns = list(dict.fromkeys(name for e in evaluations for name in metrics(e)))
+    lines = [[e.iou_type, *(percent(e.stats.get(m)) for m in columns)] for e in evaluations]
+    return tabulate(lines, headers=["", *columns], floatfmt=".2f", missingval="–")

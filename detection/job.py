@@ -20,10 +20,11 @@ from core.config import ROOT
 from core.errors import InputError
 from detection import cfg as configs
 from detection import weights as weight_files
+from detection.catalogue import open_named
 from detection.checkpointer import Checkpointer
 from detection.coco_backends import choose
 from detection.compat import versions
-from detection.datasets import CocoPair, check_same_classes, open_named, open_pair
+from detection.datasets import Split, check_same_classes, open_pair
 from detection.trainer import DTYPES, check_batch
 from detection.weights import Weights
 
@@ -64,8 +65,8 @@ class Job:
     cfg: CfgNode  # resolved for this hardware
     declared: str  # the config as YAML, before the hardware had its say: saved as config.yaml
     mode: str  # "train", "resume" or "evaluate"
-    train: tuple[CocoPair, ...]
-    val: CocoPair
+    train: tuple[Split, ...]
+    val: Split
     weights_file: str  # under detectron2's names; "" is random initialisation
     identity: dict[str, Any]  # fields of the result rows
     facts: dict[str, Any]  # what checkpoints of this run say of themselves
@@ -187,7 +188,7 @@ def _loading_processes(wanted: int, device: str, processes: int) -> int:
     return min(wanted, max(0, cores - 1) if device == "cpu" else max(1, cores))
 
 
-def _open_data(cfg: CfgNode, request: Request) -> tuple[tuple[CocoPair, ...], CocoPair]:
+def _open_data(cfg: CfgNode, request: Request) -> tuple[tuple[Split, ...], Split]:
     """Open the splits that the command line or else the config names."""
     given = {
         "train": (request.train_json, request.train_images),
@@ -197,7 +198,7 @@ def _open_data(cfg: CfgNode, request: Request) -> tuple[tuple[CocoPair, ...], Co
         if bool(json_path) != bool(images):
             raise InputError(f"--{split}-json and --{split}-images go together")
     shapes = dict(cfg.SUITE.SHAPES)
-    pairs: dict[str, list[CocoPair]] = {}
+    pairs: dict[str, list[Split]] = {}
     for split, names in (("val", cfg.DATASETS.TEST), ("train", cfg.DATASETS.TRAIN)):
         if split == "train" and request.eval_only:
             continue
@@ -215,9 +216,7 @@ def _open_data(cfg: CfgNode, request: Request) -> tuple[tuple[CocoPair, ...], Co
     return train, val
 
 
-def _fit_to_data(
-    cfg: CfgNode, train: tuple[CocoPair, ...], val: CocoPair, notes: list[str]
-) -> None:
+def _fit_to_data(cfg: CfgNode, train: tuple[Split, ...], val: Split, notes: list[str]) -> None:
     """Set what the data decide: names, number of classes, mask format."""
     cfg.DATASETS.TRAIN = tuple(pair.catalog_name for pair in train)
     cfg.DATASETS.TEST = (val.catalog_name,)
@@ -230,6 +229,10 @@ def _fit_to_data(
                 f"{pair.json} has boxes without masks; use a box protocol "
                 "(detection/faster_rcnn_R50_FPN_1x.yaml) or MODEL.MASK_ON False"
             )
+        if cfg.MODEL.KEYPOINT_ON and not pair.keypoints:
+            raise InputError(f"{pair.json} names no keypoints in its first category")
+    if cfg.MODEL.KEYPOINT_ON:
+        cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = len(val.keypoints)
     if any(pair.has_rle for pair in train):
         cfg.INPUT.MASK_FORMAT = "bitmask"
     counts = ", ".join(f"{p.catalog_name} {p.num_images} images" for p in (*train, val))
@@ -239,7 +242,7 @@ def _fit_to_data(
 def _open_weights(
     request: Request,
     cfg: CfgNode,
-    val: CocoPair,
+    val: Split,
     scratch: Path,
     earlier: dict[str, Any] | None,
     notes: list[str],
@@ -282,7 +285,7 @@ def _identity(
     request: Request,
     cfg: CfgNode,
     weights: Weights | None,
-    val: CocoPair,
+    val: Split,
     earlier: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Return the fields by which result rows are told apart."""
@@ -321,7 +324,7 @@ def _at_test(key: str) -> bool:
     return key.startswith(("MODEL.", "TEST.")) or key.endswith("_TEST")
 
 
-def _facts(cfg: CfgNode, identity: dict[str, Any], val: CocoPair) -> dict[str, Any]:
+def _facts(cfg: CfgNode, identity: dict[str, Any], val: Split) -> dict[str, Any]:
     own = {k: identity[k] for k in ("protocol", "init", "seed", "epoch", "weights", "weights_path")}
     return {
         **weight_files.config_convention(cfg),

@@ -23,7 +23,7 @@ from detectron2.utils.events import TensorboardXWriter
 from core.checkpoint import atomic_file
 from core.errors import InputError
 from core.results import ResultRow, append_rows, read_rows
-from detection import datasets, signals
+from detection import catalogue, signals
 from detection.checkpointer import Checkpointer, SaveHook, bare, restore
 from detection.coco_backends import Evaluation
 from detection.evaluation import as_metrics, evaluate_model, result_rows, table
@@ -77,9 +77,10 @@ def settle(job: Job, scratch: Path) -> None:
         job.weights_file = str(kept)
     if job.mode == "evaluate" and (job.folder / RUN_FILE).is_file():
         return  # the folder of the training run: its own record stays
-    classes = {"classes": list(job.val.classes), "name": job.val.name, "split": job.val.split}
-    places = {"json": str(job.val.json), "images": str(job.val.images)}
-    _write_json(job.folder / DATASET_FILE, places | classes)
+    val = job.val
+    known = {"classes": list(val.classes), "name": val.name, "split": val.split, "kind": val.kind}
+    places = {"json": str(val.json), "images": str(val.images)}
+    _write_json(job.folder / DATASET_FILE, places | known)
     if job.mode == "resume":
         return
     with atomic_file(job.folder / "config.yaml") as file:
@@ -99,7 +100,7 @@ def work(job: Job) -> None:
     """Do the job on this rank."""
     if job.details["device"] == "cpu" and job.world_size > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.processes))
-    datasets.register((*job.train, job.val))
+    catalogue.register((*job.train, job.val))
     with logging_to(job.folder):
         _log_setting(job)
         if job.mode == "evaluate":

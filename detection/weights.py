@@ -22,7 +22,7 @@ from core import checkpoint
 from core.errors import InputError
 from core.results import sha256_of
 
-BACKBONE = re.compile(r"^(?:backbone\.bottom_up\.|backbone\.)?((?:stem|res[2-5])\..+)$")
+BACKBONE = re.compile(r"^(?:backbone\.bottom_up\.|backbone\.)?((?:stem|res[2-5]\.\d+)\..+)$")
 HEADS = ("proposal_generator.", "roi_heads.", "head.", "backbone.fpn_", "sem_seg_head.")
 COUNTER = "num_batches_tracked"  # of BatchNorm; has no part in what a network computes
 MEAN_TOLERANCE = 0.02  # of 255: rounding between 0.485·255 and the usual 123.675

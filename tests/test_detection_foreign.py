@@ -1,0 +1,193 @@
+"""Data sets with rules of their own: opened by name, judged by those rules, trained on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_pascal_voc
+from detectron2.structures import Boxes, Instances
+
+from core.errors import InputError
+from core.results import read_rows
+from detection import catalogue, foreign
+from detection.datasets import open_pair
+from detection.job import Request
+from detection.run import run
+from tests.detection_tiny import CLASSES, SMALL, write_pair
+
+OBJECT = (
+    "<object><name>{name}</name><pose>x</pose><truncated>0</truncated><difficult>0</difficult>"
+    "<bndbox><xmin>{x0}</xmin><ymin>{y0}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox></object>"
+)
+ONE_STEP = ["SOLVER.MAX_ITER", "1", "SOLVER.STEPS", "()", "TEST.PRECISE_BN.ENABLED", "False"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def voc(tmp_path: Path) -> str:
+    """A VOC-format copy of the tiny pair, known to detectron2 as tinyvoc_2007_trainval."""
+    path, images = write_pair(tmp_path / "coco")
+    content = json.loads(path.read_text())
+    root = tmp_path / "VOC2007"
+    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    names = []
+    for image in content["images"]:
+        name = Path(image["file_name"]).stem
+        names.append(name)
+        picture = cv2.imread(str(images / image["file_name"]))
+        cv2.imwrite(str(root / "JPEGImages" / f"{name}.jpg"), picture)
+        objects = ""
+        for entry in content["annotations"]:
+            if entry["image_id"] == image["id"]:
+                x, y, w, h = entry["bbox"]  # VOC counts pixels from 1, corners included
+                corners = {"x0": x + 1, "y0": y + 1, "x1": x + w, "y1": y + h}
+                objects += OBJECT.format(name=CLASSES[entry["category_id"]], **corners)
+        size = f"<size><width>{image['width']}</width><height>{image['height']}</height></size>"
+        xml = f"<annotation>{size}{objects}</annotation>"
+        (root / "Annotations" / f"{name}.xml").write_text(xml)
+    (root / "ImageSets" / "Main" / "trainval.txt").write_text("\n".join(names))
+    name = "tinyvoc_2007_trainval"
+    if name in DatasetCatalog.list():
+        DatasetCatalog.remove(name)
+        MetadataCatalog.pop(name)
+    register_pascal_voc(name, str(root), "trainval", 2007, tuple(CLASSES.values()))
+    MetadataCatalog.get(name).evaluator_type = "pascal_voc"
+    return name
+
+
+def test_voc_is_opened_by_name(voc: str) -> None:
+    split = catalogue.open_named(voc, {})
+    assert (split.name, split.split, split.kind) == ("tinyvoc_2007", "trainval", "voc")
+    assert (split.num_images, split.num_objects, split.classes) == (6, 12, ("square", "bar"))
+
+
+def test_what_voc_lacks_is_named(voc: str, tmp_path: Path) -> None:
+    (tmp_path / "VOC2007" / "JPEGImages" / "003.jpg").unlink()
+    with pytest.raises(InputError, match=r"003\.jpg does not exist"):
+        catalogue.open_named(voc, {})
+    (tmp_path / "VOC2007" / "Annotations" / "002.xml").write_text("<annotation>")
+    with pytest.raises(InputError, match="cannot be read"):
+        catalogue.open_named(voc, {})
+    (tmp_path / "VOC2007" / "ImageSets" / "Main" / "trainval.txt").unlink()
+    with pytest.raises(InputError, match="layout"):
+        catalogue.open_named(voc, {})
+
+
+def test_perfect_voc_detections_have_an_ap_of_100(voc: str) -> None:
+    split = catalogue.open_named(voc, {})
+    judge = foreign.evaluator(split)
+    judge.reset()
+    for record in DatasetCatalog.get(voc):
+        found = Instances((record["height"], record["width"]))
+        boxes = [entry["bbox"] for entry in record["annotations"]]
+        found.pred_boxes = Boxes(torch.tensor(boxes))
+        found.scores = torch.ones(len(boxes))
+        found.pred_classes = torch.tensor([e["category_id"] for e in record["annotations"]])
+        judge.process([record], [{"instances": found}])
+    (evaluation,) = foreign.as_evaluations(judge.evaluate())
+    assert evaluation.iou_type == "bbox"
+    assert evaluation.stats == pytest.approx({"AP": 1.0, "AP50": 1.0, "AP75": 1.0})
+
+
+def _run(output: Path, **fields: Any) -> set[str]:
+    overrides = [*SMALL, *ONE_STEP, *fields.pop("overrides")]
+    asked = Request(num_gpus=0, output=str(output), overrides=overrides, **fields)
+    assert run(asked) == 0
+    return {row.metric for row in read_rows(output / "results.jsonl")}
+
+
+def test_a_voc_run_ends_in_voc_rows(voc: str, tmp_path: Path) -> None:
+    data = ["DATASETS.TRAIN", f"('{voc}',)", "DATASETS.TEST", f"('{voc}',)"]
+    config = "detection/faster_rcnn_R18_FPN_shapes.yaml"
+    found = _run(tmp_path / "run", config=config, overrides=data)
+    assert found == {"bbox/AP", "bbox/AP50", "bbox/AP75"}
+
+
+def _lvis(folder: Path) -> tuple[Path, Path]:
+    path, images = write_pair(folder)
+    content = json.loads(path.read_text())
+    (images / "val2017").mkdir()
+    for number, image in enumerate(content["images"]):
+        name = image.pop("file_name")
+        (images / name).rename(images / "val2017" / name)
+        image["coco_url"] = f"http://images.cocodataset.org/val2017/{name}"
+        image["neg_category_ids"] = []
+        image["not_exhaustive_category_ids"] = [3] if number == 0 else []
+    for entry in content["annotations"]:
+        del entry["iscrowd"]
+    for category, frequency in zip(content["categories"], "rf", strict=True):
+        category["frequency"] = frequency
+    path.write_text(json.dumps(content))
+    return path, images
+
+
+def test_perfect_lvis_detections_and_the_federated_rule(tmp_path: Path) -> None:
+    pytest.importorskip("hotcoco")
+    path, _ = _lvis(tmp_path / "lvis")
+    content = json.loads(path.read_text())
+    keys = ("image_id", "category_id", "bbox")
+    found = [{k: a[k] for k in keys} | {"score": 0.9} for a in content["annotations"]]
+    stats = foreign.judge_lvis(path, found, "bbox").stats
+    assert (stats["AP"], stats["APr"], stats["APf"]) == pytest.approx((1.0, 1.0, 1.0))
+    assert stats["APc"] is None  # no common class
+    # a wrong box of a class that an image was not searched exhaustively for costs nothing
+    excused = {"image_id": 1, "category_id": 3, "bbox": [0, 0, 5, 5], "score": 0.99}
+    assert foreign.judge_lvis(path, [*found, excused], "bbox").stats["AP"] == pytest.approx(1.0)
+    wrong = excused | {"image_id": 2}
+    assert foreign.judge_lvis(path, [*found, wrong], "bbox").stats["APr"] < 1.0
+
+
+def test_an_lvis_run_ends_in_rows_by_frequency(tmp_path: Path) -> None:
+    pytest.importorskip("hotcoco")
+    path, images = _lvis(tmp_path / "lvis")
+    split = open_pair(path, images, "val", "tinylvis", kind="lvis")
+    assert split.num_objects == 12
+    for part in ("train", "val"):
+        name = f"tinylvis_{part}"
+        if name not in DatasetCatalog.list():
+            DatasetCatalog.register(name, list)
+        MetadataCatalog.pop(name, None)
+        meta = MetadataCatalog.get(name)
+        meta.set(json_file=str(path), image_root=str(images), evaluator_type="lvis")
+    data = ["DATASETS.TRAIN", "('tinylvis_train',)", "DATASETS.TEST", "('tinylvis_val',)"]
+    data += ["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"]
+    config = "detection/mask_rcnn_R18_FPN_shapes.yaml"
+    found = _run(tmp_path / "run", config=config, overrides=data)
+    assert {"bbox/APr", "segm/APf", "segm/AP"} <= found
+
+
+def test_a_keypoint_run_ends_in_keypoint_rows(tmp_path: Path) -> None:
+    path, images = write_pair(tmp_path / "points")
+    content = json.loads(path.read_text())
+    names = ["nose", "left_end", "right_end"]
+    content["categories"] = [{"id": 3, "name": "square", "keypoints": names, "skeleton": []}]
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] == 3]
+    for entry in content["annotations"]:
+        x, y, w, h = entry["bbox"]
+        middle = [x + w // 2, y + h // 2, 2]
+        entry["keypoints"] = [*middle, x, y, 2, x + w - 1, y + h - 1, 2]
+        entry["num_keypoints"] = 3
+    path.write_text(json.dumps(content))
+    assert catalogue.flips(names) == [("left_end", "right_end")]
+    data = {"train_json": path, "train_images": images, "val_json": path, "val_images": images}
+    more = ["MODEL.KEYPOINT_ON", "True", "TEST.KEYPOINT_OKS_SIGMAS", "[0.1, 0.1, 0.1]"]
+    more += ["MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "(16,)"]
+    config = "detection/faster_rcnn_R18_FPN_shapes.yaml"
+    fields = {key: str(value) for key, value in data.items()}
+    found = _run(tmp_path / "run", config=config, overrides=more, **fields)
+    assert {"keypoints/AP", "keypoints/APl", "bbox/AP"} <= found
+
+
+def test_cityscapes_says_what_it_needs() -> None:
+    with pytest.raises(InputError) as error:
+        catalogue.open_named("cityscapes_fine_instance_seg_val", {})
+    assert "gtFine" in str(error.value)
