@@ -39,14 +39,14 @@ TINY_COCO = "--train-json {json} --train-images {images} --val-json {json} --val
 # README's command → what stands in for its example files, and what follows it
 TOY: dict[str, tuple[dict[str, str], str]] = {
     "tools/pretrain.sh ctc": ({}, f"--output {{runs}}/r50 {TINY_RUN} {TINY_CTC}"),
-    "tools/convert_to_d2.py runs/ctc_shapes-s1/checkpoints/epoch_0005.pth": (
-        {"runs/ctc_shapes-s1/checkpoints/epoch_0005.pth": "{runs}/r50/checkpoints/epoch_0002.pth"},
+    "tools/convert_to_d2.py runs/ctc_shapes-s1/checkpoints/epoch_0009.pth": (
+        {"runs/ctc_shapes-s1/checkpoints/epoch_0009.pth": "{runs}/r50/checkpoints/epoch_0002.pth"},
         "",
     ),
     "tools/train_net.py --config detection/mask_rcnn_R50_FPN_1x.yaml --weights "
-    "runs/ctc_shapes-s1/checkpoints/epoch_0005_d2.pth": (
+    "runs/ctc_shapes-s1/checkpoints/epoch_0009_d2.pth": (
         {
-            "runs/ctc_shapes-s1/checkpoints/epoch_0005_d2.pth": (
+            "runs/ctc_shapes-s1/checkpoints/epoch_0009_d2.pth": (
                 "{runs}/r50/checkpoints/epoch_0002_d2.pth"
             )
         },
