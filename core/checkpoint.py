@@ -223,5 +223,5 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _offender(error: Exception) -> str:
-    found = re.search(r"(?:GLOBAL|class|object of type) `?([\w.]+\.[\w.]+)", str(error))
-    return found.group(1) if found else "an object that is no tensor"
+    found = re.search(r"GLOBAL ([\w.]+)|add_safe_globals\(\[([\w.]+)\]", str(error))
+    return found.group(1) or found.group(2) if found else "an object that is no tensor"
