@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 D2 := sal-detectron2==0.7.2
 D2_SHA256 := 491af0c7f79bdb2d178e46f6cb16a97c4ac968d45c41ea3f6b6435d59bbee561
 PYTEST_OPTIONS ?=
-# A detectron2 that $(PYTHON) can import is kept, and its torch with it.
-HAS_D2 = $(shell $(PYTHON) -c 'import importlib.util as u; print("yes" if u.find_spec("detectron2") else "")')
+# A detectron2 that $(PYTHON) can import is kept, and its torch with it: their folder joins the path.
+SITE = import sysconfig; print(sysconfig.get_path("purelib"))
+D2_HOME := $(shell cd / && $(PYTHON) -c 'import detectron2; $(SITE)' 2>/dev/null)
 
 .PHONY: demo test lint format benchmark clean
 .DELETE_ON_ERROR:
@@ -20,9 +21,10 @@ $(VENV)/.done: pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else \
 		f"error: Python {v[0]}.{v[1]} is too old, 3.11 or newer is needed; make PYTHON=python3.12")'
 	@echo "setting up $(VENV): a few minutes, torch is large"
-	test -x $(BIN)/python || $(PYTHON) -m venv $(if $(HAS_D2),--system-site-packages) $(VENV)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(if $(D2_HOME),echo "import site; site.addsitedir('$(D2_HOME)')" > "$$($(BIN)/python -c '$(SITE)')/kept.pth")
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(if $(HAS_D2),,-c constraints.txt) ".[dev,fast]"
+	$(BIN)/python -m pip install --quiet $(if $(D2_HOME),,-c constraints.txt) ".[dev,fast]"
 	@rm -rf build transfer_suite.egg-info
 	$(BIN)/python -c 'import detectron2' 2>/dev/null || $(MAKE) --no-print-directory detectron2
 	$(BIN)/python -c 'import detectron2, torch, torchvision; print("ready: torch", torch.__version__, \
@@ -34,7 +36,7 @@ detectron2:
 	printf '%s --hash=sha256:%s\n' '$(D2)' '$(D2_SHA256)' > $(VENV)/detectron2.txt
 	$(BIN)/python -m pip install --quiet --no-deps --only-binary=:all: --require-hashes \
 		--python-version 3.10 --implementation cp --abi none --platform any \
-		--target "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+		--target "$$($(BIN)/python -c '$(SITE)')" \
 		-r $(VENV)/detectron2.txt
 
 demo: $(VENV)/.done

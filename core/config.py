@@ -37,7 +37,7 @@ def find_config(name: str | Path, folder: str = "") -> Path:
         if candidate.is_file():
             return candidate
     known = [str(p.relative_to(CONFIG_DIR)) for p in sorted(CONFIG_DIR.rglob("*.yaml"))]
-    hint = _nearest(str(name), known)
+    hint = nearest(str(name), known)
     raise InputError(f"config {str(name)!r} is neither a file here nor under {CONFIG_DIR}{hint}")
 
 
@@ -180,7 +180,7 @@ def _merge(config: Any, schema: type, content: dict[str, Any], where: str) -> An
     known = set(schema_keys(schema))
     for key in _dotted_keys(content):
         if key not in known and not _inside_free_dict(schema, key):
-            raise InputError(f"{where}: unknown key {key!r}{_nearest(key, sorted(known))}")
+            raise InputError(f"{where}: unknown key {key!r}{nearest(key, sorted(known))}")
     try:
         return OmegaConf.merge(config, content)
     except OmegaConfBaseException as error:
@@ -209,7 +209,8 @@ def _inside_free_dict(schema: type, key: str) -> bool:
     return True
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Return ``; did you mean '…'?`` with the closest of dotted keys, or nothing."""
     by_last = {k.rsplit(".", 1)[-1]: k for k in known}
     close = difflib.get_close_matches(name, known, n=2, cutoff=0.5) or [
         by_last[k] for k in difflib.get_close_matches(name.rsplit(".", 1)[-1], by_last, n=2)

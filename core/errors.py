@@ -1,4 +1,6 @@
-"""The one exception that means: the user's input is wrong, and here is what would be right."""
+"""How a tool may end before its work is done; ``tools/_checkout.py`` turns each into a status."""
+
+STOPPED_STATUS = 75  # exit status after a signal: everything is saved, start again with --resume
 
 
 class InputError(ValueError):
@@ -7,3 +9,11 @@ class InputError(ValueError):
     Every tool prints it as ``error: <sentence>`` and exits with status 2 (``tools/_checkout.py``).
     Raise it before anything is written, so that nothing is lost or left half-written.
     """
+
+
+class NonFiniteLoss(FloatingPointError):
+    """A loss became NaN or infinite; nothing of that step was saved. Exit status 1."""
+
+
+class Stopped(Exception):
+    """A signal asked to stop; the state is saved and ``--resume`` goes on. Exit status 75."""

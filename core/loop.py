@@ -5,6 +5,7 @@ Shapes: B images a step over all ranks, W ranks, S side in pixels.
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from core import amp, dist, resume
 from core.datasets import EpochSampler, IndexedDataset, normalise, training_loader
-from core.errors import InputError
+from core.errors import InputError, NonFiniteLoss, Stopped
 from core.progress import Progress
 from core.resume import Position
 from core.schedule import Stage, learning_rate
-from core.watch import LossWatch, NonFiniteLoss, StopRequests
+from core.watch import LossWatch, StopRequests
 
 __all__ = ["LoopConfig", "NonFiniteLoss", "Objective", "Stage", "Stopped", "train"]
-
-STOPPED_STATUS = 75  # exit status after SIGTERM or SIGUSR1: saved, start again with --resume
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +92,6 @@ class Hooks:
     save_weights: Callable[[int], None] = lambda epoch: None  # first rank; finished epochs
     evaluate: Callable[[int], dict[str, float]] = lambda epoch: {}  # every rank; figures to log
     batches: Callable[[], Iterator[Any]] = lambda: iter(())  # for Objective.start_stage
-
-
-class Stopped(Exception):
-    """A signal asked to stop; the state is saved and ``--resume`` goes on."""
 
 
 def train(
@@ -284,9 +279,11 @@ class Trainer:
             resume.carry_momentum(previous, self.optimizer)
         if dist.world_size() > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            self.forward = DistributedDataParallel(
-                self.objective, device_ids=ids, broadcast_buffers=False
-            )
+            with warnings.catch_warnings():  # the newer name for it still sends all buffers once
+                warnings.filterwarnings("ignore", message=".*broadcast_buffers")
+                self.forward = DistributedDataParallel(
+                    self.objective, device_ids=ids, broadcast_buffers=False
+                )
         self.objective.train()
 
     def _groups(self, weight_decay: float) -> list[dict[str, Any]]:
@@ -326,6 +323,8 @@ def check(config: LoopConfig, images: int) -> None:
         raise InputError(
             f"loop.batch_size {config.batch_size} exceeds the {images} training images"
         )
+    if config.sync_bn and dist.pick_device(config.device).type == "cpu":
+        raise InputError("loop.sync_bn needs GPUs: set it to false, or loop.device to cuda")
     for key in ("save_every", "log_every"):
         if getattr(config, key) < 1:
             raise InputError(f"loop.{key} {getattr(config, key)} must be at least 1")

@@ -31,13 +31,6 @@ class Architecture:
         """D, the channels of the last stage."""
         return self.width * 2 ** (len(self.layers) - 1) * BLOCKS[self.block].expansion
 
-    @property
-    def num_backbone_tensors(self) -> int:
-        """Weights and BatchNorm statistics without the classifier and the batch counters."""
-        with torch.device("meta"):
-            model = ResNet("", self, 1)
-        return sum(not k.startswith("fc.") and "num_batches" not in k for k in model.state_dict())
-
 
 class PreActivationBlock(nn.Module):
     """BN-ReLU-conv twice, as in Wide Residual Networks (arXiv 1605.07146, figure 1)."""

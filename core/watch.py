@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 
 from core import dist
-
-
-class NonFiniteLoss(FloatingPointError):
-    """A loss became NaN or infinite; nothing of that step was saved."""
+from core.errors import NonFiniteLoss
 
 
 class StopRequests:

@@ -5,7 +5,6 @@ keys and wrong types are errors; YAML tags are refused. What a run may choose wi
 protocol (output folder, seed, device, weights, data) is listed in ``NEUTRAL``.
 """
 
-import difflib
 import hashlib
 import json
 from ast import literal_eval
@@ -16,7 +15,7 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
-from core.config import find_config, read_with_bases
+from core.config import find_config, nearest, read_with_bases
 from core.errors import InputError
 from core.results import config_hash
 from detection import heads as heads  # registers the head that the C4 protocols name
@@ -107,7 +106,7 @@ def merge(cfg: CfgNode, content: dict[str, Any], where: str) -> None:
         if key in groups:
             raise InputError(f"{where}: {key} is a group of keys, not one with a value ({value!r})")
         if key not in known:
-            raise InputError(f"{where}: unknown key {key!r}{_nearest(key, list(known))}")
+            raise InputError(f"{where}: unknown key {key!r}{nearest(key, list(known))}")
         try:
             cfg.merge_from_other_cfg(CfgNode(_nested(key, _coerced(value, known[key]))))
         except (ValueError, KeyError, AssertionError, TypeError):
@@ -205,14 +204,6 @@ def _literal(text: Any) -> Any:
         return literal_eval(text)
     except (ValueError, SyntaxError, TypeError):
         return {"true": True, "false": False}.get(text, text) if isinstance(text, str) else text
-
-
-def _nearest(key: str, known: list[str]) -> str:
-    by_last = {k.rsplit(".", 1)[-1]: k for k in known}
-    close = difflib.get_close_matches(key, known, n=2, cutoff=0.6) or [
-        by_last[k] for k in difflib.get_close_matches(key.rsplit(".", 1)[-1], by_last, n=2)
-    ]
-    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def _type_name(value: Any) -> str:

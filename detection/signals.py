@@ -11,7 +11,7 @@ from typing import Any
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from core.loop import STOPPED_STATUS
+from core.errors import STOPPED_STATUS
 from detection.checkpointer import Checkpointer
 from detection.logs import say
 

@@ -1,12 +1,11 @@
 """A suite as its YAML says it: initialisations, protocols, seeds; read, checked, typed."""
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from core.config import InputError, find_config, load_config, read_with_bases
+from core.config import InputError, find_config, load_config, nearest, read_with_bases
 from report.reference import load_reference
 from report.tables import Options
 
@@ -83,11 +82,11 @@ def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
     if len(set(suite.seeds)) < len(suite.seeds) or min(suite.seeds) < 0:
         raise InputError(f"{where}: seeds {suite.seeds} must be different and not negative")
     if suite.baseline not in suite.initialisations:
-        hint = _nearest(suite.baseline, suite.initialisations)
+        hint = nearest(suite.baseline, list(suite.initialisations))
         raise InputError(f"{where}: baseline {suite.baseline!r} is no initialisation of it{hint}")
     for name in suite.references:
         if name not in load_reference().tables:
-            hint = _nearest(name, load_reference().tables)
+            hint = nearest(name, list(load_reference().tables))
             raise InputError(f"{where}: references {name!r} is no published table{hint}")
     for kind, names in (("initialisation", suite.initialisations), ("protocol", suite.protocols)):
         for name in names:
@@ -138,14 +137,9 @@ def _check_keys(path: str | Path, overrides: Sequence[str]) -> None:
         group, *rest = entry.split(".")
         known = {f.name for f in dataclasses.fields(schemas[group])} if group in schemas else set()
         if known and len(rest) > 1 and rest[1] not in known:
-            raise InputError(f"{where}: unknown key {entry!r}{_nearest(rest[1], known)}")
+            raise InputError(f"{where}: unknown key {entry!r}{nearest(rest[1], list(known))}")
 
 
 def _names_folder(name: str) -> bool:
     clean = bool(name) and name[0] not in ".-" and not any(c in name for c in "/\\:*?\n")
     return clean and name not in RESERVED
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean {close[0]!r}?" if close else ""

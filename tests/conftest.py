@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure() -> None:
-    torch.set_num_threads(max(1, min(2, os.cpu_count() or 1)))
+    torch.set_num_threads(1)  # networks here are so small that threads wait for each other
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -26,11 +26,6 @@ OBJECT = (
 ONE_STEP = ["SOLVER.MAX_ITER", "1", "SOLVER.STEPS", "()", "TEST.PRECISE_BN.ENABLED", "False"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def voc(tmp_path: Path) -> str:
     """A VOC-format copy of the tiny pair, known to detectron2 as tinyvoc_2007_trainval."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,6 @@ from transfer.finetune import FineTune, FinetuneConfig, Job, finetune
 
 ARCH = "resnet18_cifar_w16"
 INPUTS = InputSpec((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,15 +14,6 @@ from transfer import linear
 from transfer.linear import LinearConfig, linear_probe
 from transfer.logistic import EigenBasis, LogisticFit, fit_logistic, fit_sweep
 from transfer.metrics import top1
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sizes are tiny: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def problem(n: int, d: int, k: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -203,6 +203,7 @@ def test_weight_decay_spares_one_dimensional_parameters_when_told(tmp_path: Path
         ({"batch_size": 0}, "loop.batch_size 0"),
         ({"save_every": 0}, "loop.save_every"),
         ({"momentum": 1.0}, "loop.momentum"),
+        ({"sync_bn": True, "device": "cpu"}, "loop.sync_bn"),
     ],
 )
 def test_what_cannot_be_run_is_refused(changes: dict[str, Any], message: str) -> None:

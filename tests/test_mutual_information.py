@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,15 +25,6 @@ QUICK = Settings(
 )
 PAIRS = 10_000
 ERROR = 0.05  # nat
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Critics this small are slower on two threads than on one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def gaussians(size: int, rho: float, pairs: int = PAIRS, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,6 @@ ARCH = "resnet18_cifar_w16"
 SHORT = Settings(
     hidden=16, iterations=12, batch=16, lr=1e-3, evaluations=3, embedding=4, marginal_draws=2
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def pretrain_config(data: Path, method: str = "ctc") -> dict[str, Any]:

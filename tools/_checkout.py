@@ -17,14 +17,20 @@ if importlib.util.find_spec("omegaconf") is None:  # another Python: use the che
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Call ``main``; an ``InputError`` becomes ``error: …`` on stderr and exit status 2."""
-    from core.errors import InputError
+    """Call ``main``; what ends it early becomes one line on stderr and its exit status."""
+    from core.errors import STOPPED_STATUS, InputError, NonFiniteLoss, Stopped
 
     try:
         status = main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         status = 2
+    except NonFiniteLoss as error:
+        _say(f"error: {error}; lower the learning rate, or train without amp")
+        status = 1
+    except Stopped as stopped:
+        _say(f"{stopped}; go on with --resume")
+        status = STOPPED_STATUS
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
@@ -32,3 +38,9 @@ def run(main: Callable[[], int | None]) -> None:
         status = 141
     sys.stdout.flush()
     sys.exit(status)
+
+
+def _say(line: str) -> None:
+    """Print to stderr, once for all ranks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)

@@ -13,7 +13,6 @@ import _checkout  # isort: skip
 
 import argparse
 import dataclasses
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,7 +58,6 @@ def main() -> int:
     arguments = parse()
     from core import dist
     from core.config import ROOT
-    from core.loop import STOPPED_STATUS, NonFiniteLoss, Stopped
     from pretrain import run
 
     config = read_config(arguments)
@@ -71,12 +69,6 @@ def main() -> int:
         path = run.pretrain(config, output, arguments.resume)
         if dist.is_main():
             print(f"{path}\nnext: tools/convert_to_d2.py {path}")
-    except Stopped as stopped:
-        print(f"{stopped}; go on with --resume", file=sys.stderr)
-        return STOPPED_STATUS
-    except NonFiniteLoss as error:
-        print(f"error: {error}; lower the learning rate, or set loop.amp none", file=sys.stderr)
-        return 1
     finally:
         dist.shutdown()
     return 0

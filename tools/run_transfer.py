@@ -13,7 +13,6 @@ signal with everything saved (start again with --resume).
 import _checkout  # isort:skip
 
 import argparse
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -47,7 +46,6 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Evaluate, and print one line for each number."""
     arguments = parse()
-    from core.loop import STOPPED_STATUS, NonFiniteLoss, Stopped
     from transfer.config import TransferConfig
     from transfer.run import run
 
@@ -60,12 +58,6 @@ def main() -> int:
         rows = run(config, weights, output, arguments.resume)
         if dist.is_main():
             print("\n".join([*map(_line, rows), f"rows: {output / 'results.jsonl'}"]))
-    except Stopped as stopped:
-        print(f"{stopped}; go on with --resume", file=sys.stderr)
-        return STOPPED_STATUS
-    except NonFiniteLoss as error:
-        print(f"error: {error}; take a smaller finetune.lr", file=sys.stderr)
-        return 1
     finally:
         dist.shutdown()
     return 0
