@@ -46,13 +46,13 @@ test: $(VENV)/.done
 	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_OPTIONS)
 
 lint: $(VENV)/.done
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 format: $(VENV)/.done
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
 
 benchmark: $(VENV)/.done
 	$(BIN)/python benchmarks/run.py --all
