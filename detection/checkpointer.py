@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from core.checkpoint import atomic_file, load_plain, newest_valid, save_atomically
 from core.errors import InputError
+from detection.logs import say
 
 NUMBERED = re.compile(r"model_(\d{7})\.pth")
 FINAL = "model_final.pth"
@@ -67,15 +68,19 @@ class Checkpointer:
         return final + [path for _, path in reversed(found)]
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """Return the newest checkpoint that is whole; damaged ones are passed over."""
-        return newest_valid(self.files(), _read)
+        """Return the newest checkpoint that is whole; damaged ones are named and passed over."""
+        return newest_valid(self.files(), _read_or_say)
 
     def _prune(self, done: int) -> None:
+        """Remove all but the last and the milestones.
+
+        Files of later iterations than ``done`` are damaged ones that a resume has passed over: they
+        stay until they are overwritten, and are not counted, or they would displace whole ones.
+        """
         if self.keep_last <= 0:
             return
-        numbered = [path for path in self.files() if path.name != FINAL]
-        for path in numbered[self.keep_last :]:
-            iterations = int(path.stem.removeprefix("model_")) + 1
+        numbered = [(_iterations(path), path) for path in self.files() if path.name != FINAL]
+        for iterations, path in [pair for pair in numbered if pair[0] <= done][self.keep_last :]:
             if not self.milestone_period or iterations % self.milestone_period:
                 path.unlink(missing_ok=True)
 
@@ -105,6 +110,18 @@ def restore(trainer: Any, content: dict[str, Any]) -> None:
 def bare(model: nn.Module) -> nn.Module:
     """Return the model without its DistributedDataParallel wrapper."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _iterations(path: Path) -> int:
+    return int(path.stem.removeprefix("model_")) + 1
+
+
+def _read_or_say(path: Path) -> dict[str, Any]:
+    try:
+        return _read(path)
+    except InputError as error:
+        say(f"warning: {error}; going back to the one before")
+        raise
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def _interrupted(
     after: int,
     by: Callable[[], None] = _die,
     error: type[BaseException] = KeyboardInterrupt,
-) -> None:
+) -> BaseException:
     """Leave a folder as a run that died after ``after`` iterations leaves it."""
     from detectron2.engine import HookBase
 
@@ -71,10 +71,11 @@ def _interrupted(
 
     running.add_hooks = with_stop
     try:
-        with pytest.raises(error):
+        with pytest.raises(error) as raised:
             run(request(data, output, weights=str(weights), seed=7))
     finally:
         running.add_hooks = original
+    return raised.value
 
 
 def test_the_rows_say_all_that_a_table_needs(finished: Path, weights: Path) -> None:
@@ -137,7 +138,9 @@ def test_sigterm_saves_at_the_end_of_its_iteration(
         os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    _interrupted(data, weights, output, 2, terminate, SystemExit)
+    ended = _interrupted(data, weights, output, 2, terminate, SystemExit)
+    assert isinstance(ended, SystemExit)
+    assert ended.code == 75
     assert signal.getsignal(signal.SIGTERM) == before
     saved = sorted(path.name for path in output.glob("model_*.pth"))
     assert saved == ["model_0000001.pth", "model_0000002.pth"]  # the signal came after its hook
