@@ -7,22 +7,19 @@ same training needs. Nothing here ever unpickles code.
 
 import argparse
 import collections
-import contextlib
 import dataclasses
-import errno
-import os
 import pickle
 import re
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from core.errors import InputError
+from core.errors import InputError, NonFiniteLoss
+from core.files import atomic_file as atomic_file  # re-exported: who saves needs both
 
 FORMAT = "transfer-suite checkpoint"
 VERSION = 1
@@ -59,7 +56,7 @@ def save_checkpoint(path: str | Path, model: dict[str, Tensor], facts: Facts) ->
     """Write weights and facts atomically; keys are cleaned of wrapper prefixes, tensors are on CPU.
 
     Raises:
-        ValueError: a weight is not finite (nothing is written).
+        NonFiniteLoss: a weight is not finite (nothing is written).
         InputError: the disk is full (an older file of that name stays as it was).
     """
     clean = {}
@@ -150,51 +147,23 @@ def verify_file(path: str | Path) -> None:
         return
     try:
         with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError):
-        raise InputError(f"{path} is truncated: copy or save it again") from None
+            bad = archive.testzip() or _hidden_entry(archive)
+    except Exception:  # zipfile's kinds, and whatever a changed header leads it to
+        raise InputError(f"{path} is truncated or damaged: copy or save it again") from None
     if bad is not None:
-        raise InputError(f"{path} is corrupt (checksum of {bad} is wrong): copy or save it again")
+        raise InputError(f"{path} is corrupt ({bad} is not as written): copy or save it again")
+
+
+def _hidden_entry(archive: zipfile.ZipFile) -> str | None:
+    """Return a file that a flipped bit marks as a folder: torch would read memory in its place."""
+    marked = (e.filename for e in archive.infolist() if e.external_attr & 0x10 and e.file_size)
+    return next(marked, None)
 
 
 def save_atomically(content: Any, path: str | Path) -> None:
     """``torch.save`` to a temporary file beside ``path``, flushed to disk, then renamed over it."""
     with atomic_file(path) as file:
         torch.save(content, file)
-
-
-@contextlib.contextmanager
-def atomic_file(path: str | Path, keep_previous: Path | None = None) -> Iterator[IO[bytes]]:
-    """Open a temporary file that becomes ``path`` when the block ends without an error.
-
-    An older ``path`` is replaced, or first moved to ``keep_previous``.
-
-    Raises:
-        InputError: the disk is full or not writable; the older file stays as it was.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        if keep_previous is not None and path.exists():
-            path.replace(keep_previous)
-        Path(temporary).replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise InputError(f"no space left to write {path}; the older file is intact") from None
-        raise
-    except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        if "PytorchStreamWriter" in str(error) or "file write failed" in str(error):
-            raise InputError(f"{path} could not be written; is the disk full?") from None
-        raise
 
 
 def newest_valid(paths: list[Path], read: Callable[[Path], Any]) -> tuple[Path, Any] | None:
@@ -208,18 +177,10 @@ def newest_valid(paths: list[Path], read: Callable[[Path], Any]) -> tuple[Path, 
 
 
 def assert_finite(model: dict[str, Tensor]) -> None:
-    """Raise ValueError, naming the tensor, if a floating tensor holds NaN or infinity."""
+    """Raise NonFiniteLoss, naming the tensor, if a floating tensor holds NaN or infinity."""
     for key, value in model.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{key} is not finite; nothing was saved")
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            raise NonFiniteLoss(f"{key} is not finite; nothing was saved")
 
 
 def _offender(error: Exception) -> str:

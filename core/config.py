@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from core.errors import InputError as InputError  # re-exported: report may import only this module
+from core.files import atomic_file
 
 T = TypeVar("T")
 
@@ -129,8 +130,9 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def save_config(config: Any, path: str | Path) -> None:
-    """Write the resolved config as YAML; loading it again gives an equal config."""
-    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    """Write the resolved config as YAML, atomically; loading it again gives an equal config."""
+    with atomic_file(path) as file:
+        file.write(yaml.safe_dump(to_dict(config), sort_keys=False).encode())
 
 
 def schema_keys(schema: type, prefix: str = "") -> Iterator[str]:

@@ -12,7 +12,11 @@ class InputError(ValueError):
 
 
 class NonFiniteLoss(FloatingPointError):
-    """A loss became NaN or infinite; nothing of that step was saved. Exit status 1."""
+    """A loss or a weight is NaN or infinite; nothing of that step was saved. Exit status 1."""
+
+
+class LostRank(RuntimeError):
+    """Another process of the group has died or hangs. Exit status 1; ``--resume`` goes on."""
 
 
 class Stopped(Exception):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from core import checkpoint
-from core.errors import InputError
+from core.errors import InputError, NonFiniteLoss
 from core.resnet import create_model
 
 FACTS = checkpoint.Facts(
@@ -98,7 +98,7 @@ def test_what_is_not_ours_is_sent_to_the_converter(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="w is not finite"):
+    with pytest.raises(NonFiniteLoss, match="w is not finite"):
         checkpoint.save_checkpoint(tmp_path / "c.pth", {"w": torch.tensor([1.0, torch.nan])}, FACTS)
     assert list(tmp_path.iterdir()) == []
 

@@ -23,7 +23,7 @@ PURE = (
     "pretrain.losses", "convert.names", "convert.sources", "analysis.retrieval",
     "analysis.clustering", "analysis.mutual_information",
 )  # fmt: skip
-TORCH_FREE = ("core.results", "core.config", "core.errors", "report", "suite")
+TORCH_FREE = ("core.results", "core.config", "core.errors", "core.files", "report", "suite")
 OURS = {*PACKAGES, "tools", "tests", "benchmarks"}
 
 
