@@ -1,13 +1,23 @@
 """Rank, world, gather, reduce: the same calls for one process and for many; no-ops when alone."""
 
+import contextlib
+import datetime
 import os
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as td
 from torch import Tensor
 
-from core.errors import InputError
+from core.errors import InputError, LostRank, NonFiniteLoss
+
+T = TypeVar("T")
+TIMEOUT = 600  # seconds that a rank waits for another, unless a config says otherwise
+LOST = (  # what gloo and the store say when a process at the other end has gone or hangs
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting",
+    "timed out", "Socket closed",
+)  # fmt: skip
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -32,16 +42,22 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device("cuda", int(number))
 
 
-def init(device: str = "auto") -> torch.device:
+def init(device: str = "auto", timeout: int = TIMEOUT) -> torch.device:
     """Join the group that torchrun describes in the environment; return ``pick_device(device)``.
 
-    Without torchrun's variables nothing is joined. NCCL on GPUs, gloo on CPU.
+    Without torchrun's variables nothing is joined. NCCL on GPUs, gloo on CPU. ``timeout``: seconds
+    that a rank waits for another before the job ends.
     """
     chosen = pick_device(device)
+    if timeout < 1:
+        raise InputError(f"the timeout of a group is {timeout}; it must be at least 1 second")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not td.is_initialized():
-        td.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        td.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo",
+            timeout=datetime.timedelta(seconds=timeout),
+        )
     return chosen
 
 
@@ -75,6 +91,43 @@ def barrier() -> None:
     """Wait for every rank."""
     if world_size() > 1:
         td.barrier()
+
+
+def from_main(function: Callable[[], T]) -> T:
+    """Call ``function`` on the first rank while the others wait; return its result on every rank.
+
+    Its ``InputError`` or ``NonFiniteLoss`` is raised on every rank, so that none waits in vain. The
+    result is small and picklable.
+    """
+    result: Any = None
+    if is_main():
+        try:
+            result = function()
+        except (InputError, NonFiniteLoss) as error:
+            result = error
+    result = broadcast_object(result)
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+@contextlib.contextmanager
+def naming_lost_ranks() -> Iterator[None]:
+    """Turn what a collective raises when another rank has gone into ``LostRank``, one sentence.
+
+    With gloo it comes at once when a process dies, and after the group's timeout when it hangs.
+    NCCL's own watchdog ends the process after the timeout.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error)
+        if world_size() == 1 or not any(sign in said for sign in LOST):
+            raise
+        raise LostRank(
+            f"rank {rank()} of {world_size()} has lost another one, which died or hangs "
+            f"({said.strip().splitlines()[0][:200]})"
+        ) from None
 
 
 @torch.no_grad()

@@ -43,6 +43,7 @@ class Loader:
             worker_init_fn=_one_thread,
             collate_fn=_collate,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # else each epoch, and each resume, draws from torch's own
             **how,
         )
 

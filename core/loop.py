@@ -5,6 +5,7 @@ Shapes: B images a step over all ranks, W ranks, S side in pixels.
 
 import dataclasses
 import math
+import random
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,6 +43,7 @@ class LoopConfig:
     eval_every: int = 0  # epochs between evaluations; 0: only at the end
     log_every: int = 20  # steps between lines of log.jsonl
     device: str = "auto"  # auto, cpu, cuda, cuda:N
+    timeout: int = dist.TIMEOUT  # seconds that a rank waits for another before the job ends
 
 
 class Objective(nn.Module):
@@ -185,6 +187,7 @@ class Trainer:
         self.optimizer: torch.optim.Optimizer | None = None
         self.forward: nn.Module = objective
         torch.manual_seed(seed + dist.rank())
+        random.seed(seed + dist.rank())
 
     def begin(self, hooks: Hooks) -> Position:
         """Build the first stage and save the initialisation as epoch 0."""
@@ -258,9 +261,7 @@ class Trainer:
 
     def on_main(self, function: Callable[[int], None], epoch: int) -> None:
         """Call ``function`` on the first rank while the others wait."""
-        if dist.is_main():
-            function(epoch)
-        dist.barrier()
+        dist.from_main(lambda: function(epoch))
 
     def _build_stage(self, number: int) -> None:
         stage, previous = self.stages[number], self.optimizer
@@ -325,7 +326,7 @@ def check(config: LoopConfig, images: int) -> None:
         )
     if config.sync_bn and dist.pick_device(config.device).type == "cpu":
         raise InputError("loop.sync_bn needs GPUs: set it to false, or loop.device to cuda")
-    for key in ("save_every", "log_every"):
+    for key in ("save_every", "log_every", "timeout"):
         if getattr(config, key) < 1:
             raise InputError(f"loop.{key} {getattr(config, key)} must be at least 1")
     if not math.isfinite(config.momentum) or not 0 <= config.momentum < 1:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from core import checkpoint, dist
 from core.errors import InputError
+from core.files import atomic_file
 
 FORMAT = "transfer-suite resume state"
 VERSION = 1
@@ -41,27 +43,34 @@ def save(
     """Write ``resume.pth`` atomically; every rank calls it, the first one writes.
 
     The state before it stays beside it as ``resume.previous.pth``.
+
+    Raises:
+        InputError, NonFiniteLoss: on every rank, if the disk is full or a tensor is not finite.
     """
     generators = _gather_objects(_random_states())
     state = objective.state_dict()  # on every rank: a sharded bank gathers its rows
-    if not dist.is_main():
-        dist.barrier()
-        return
-    content: dict[str, Any] = {
-        "format": FORMAT,
-        "version": VERSION,
-        "position": dataclasses.asdict(position),
-        "objective": state,
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "random": generators,
-        "fingerprint": fingerprint,
-    }
-    checkpoint.assert_finite(state)
-    current = run_dir / FILE
-    with checkpoint.atomic_file(current, keep_previous=run_dir / PREVIOUS) as file:
-        torch.save(content, file)
-    dist.barrier()
+
+    def write() -> None:
+        content: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "position": dataclasses.asdict(position),
+            "objective": state,
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "random": generators,
+            "fingerprint": fingerprint,
+        }
+        checkpoint.assert_finite(state)
+        with atomic_file(run_dir / FILE, keep_previous=run_dir / PREVIOUS) as file:
+            torch.save(content, file)
+
+    dist.from_main(write)
+
+
+def is_there(run_dir: Path) -> bool:
+    """Whether a run has any resume state, damaged or not."""
+    return any((run_dir / name).exists() for name in (FILE, PREVIOUS))
 
 
 def load(run_dir: Path, fingerprint: str) -> dict[str, Any]:
@@ -80,6 +89,8 @@ def load(run_dir: Path, fingerprint: str) -> dict[str, Any]:
     if found is None:
         raise InputError(f"{present[0]} is damaged, and there is no older valid state beside it")
     path, content = found
+    if path != present[0] and dist.is_main():
+        print(f"{present[0]} is damaged: going on from {path.name}", file=sys.stderr, flush=True)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path} is not a resume state of this suite")
     if content["fingerprint"] != fingerprint:
@@ -129,7 +140,7 @@ class RunLog:
                         kept.append(line + "\n")
                 except (ValueError, KeyError, TypeError):
                     continue  # a line cut short by a crash
-            with checkpoint.atomic_file(path) as file:
+            with atomic_file(path) as file:
                 file.write("".join(kept).encode())
 
     def write(self, iteration: int, **figures: float | int | str) -> None:

@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor
 
 from core import amp, checkpoint, dist, loop, resume
-from core.config import save_config, to_dict
+from core.config import load_config, save_config, to_dict
 from core.datasets import (
     DataConfig,
     IndexedDataset,
@@ -23,16 +23,25 @@ from core.datasets import (
     report_split,
 )
 from core.errors import InputError
+from core.files import ENDING, sweep
 from core.loop import Hooks, LoopConfig, Objective
 from core.resnet import ResNet, create_model
-from core.results import ResultRow, append_rows, code_version, config_hash, sha256_of
+from core.results import (
+    ResultRow,
+    append_rows,
+    code_version,
+    config_hash,
+    read_rows,
+    sha256_of,
+)
 from pretrain.objectives import CTC, CEConfig, CrossEntropy, CTCConfig
 
 METHODS = ("random", "ce", "ctc")
+CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"  # in a run folder
 WITHOUT_EFFECT: dict[
     str, tuple[str, ...]
 ] = {  # keys that a resume may change: no weight depends on them
-    "loop": ("device", "save_every", "resume_every", "eval_every", "log_every"),
+    "loop": ("device", "timeout", "save_every", "resume_every", "eval_every", "log_every"),
     "data": ("workers", "root"),
     "": ("recipe", "init"),
 }
@@ -53,14 +62,17 @@ class PretrainConfig:
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
 
 
+@dist.naming_lost_ranks()
 def pretrain(config: PretrainConfig, folder: Path, resume_run: bool = False) -> Path:
     """Train into a run folder and return the path of the last checkpoint.
 
     Raises:
         InputError: a recipe, data set or folder that does not fit; nothing has been written then.
+        LostRank: another process has died, or did not answer for ``loop.timeout`` seconds.
     """
-    device = dist.init(config.loop.device)
-    prepare_folder(folder, config, resume_run)
+    device = dist.init(config.loop.device, config.loop.timeout)
+    resume_run = dist.from_main(lambda: prepare_folder(folder, config, resume_run))
+    dist.from_main(lambda: clear_leftovers(folder))
     torch.manual_seed(config.seed)
     dataset, held_out = open_data(config)
     objective = build_objective(config, dataset)
@@ -97,8 +109,9 @@ def pretrain(config: PretrainConfig, folder: Path, resume_run: bool = False) -> 
         resume_run=resume_run,
         fingerprint=fingerprint(config),
     )
-    if last in scores and dist.is_main():
-        record(config, folder, held_out, path, scores[last])
+    if last and not dist.from_main(lambda: is_recorded(folder, last)):
+        value = scores[last] if last in scores else top1(model, held_out, config, device)
+        dist.from_main(lambda: record(config, folder, held_out, path, value))
     elif resume_run and dist.is_main():
         print(f"{folder} was finished already; nothing to do")
     dist.barrier()
@@ -167,23 +180,43 @@ def prepared(
         yield images, labels.to(device), index.to(device)
 
 
-def prepare_folder(folder: Path, config: PretrainConfig, resume_run: bool) -> None:
+def prepare_folder(folder: Path, config: PretrainConfig, resume_run: bool) -> bool:
     """Check that a fresh run starts in an empty folder and a resumed one in its own.
 
+    Returns whether there is a state to go on from. A run that was killed before its first one has
+    only a config, and perhaps its initialisation: resumed, it starts at the beginning.
+
     Raises:
-        InputError: it does not.
+        InputError: the folder is not what it should be.
     """
+    if resume_run and ((folder / CONFIG).exists() and not resume.is_there(folder)):
+        if fingerprint(load_config(PretrainConfig, folder / CONFIG)) != fingerprint(config):
+            raise InputError(f"{folder / CONFIG} is another recipe; resume with that one")
+        return False
     if resume_run:
         resume.load(folder, fingerprint(config))
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(not entry.name.endswith(ENDING) for entry in folder.iterdir()):
         raise InputError(f"{folder} is not empty: go on with --resume, or choose another --output")
+    return resume_run
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Delete what a killed run has left half-written."""
+    for place in (folder, folder / CHECKPOINTS):
+        sweep(place)
+
+
+def is_recorded(folder: Path, epoch: int) -> bool:
+    """Whether the run's result row is written: a kill may come between the last state and it."""
+    rows = folder / "results.jsonl"
+    return rows.exists() and any(row.epoch == epoch for row in read_rows(rows))
 
 
 def write_config(config: PretrainConfig, folder: Path) -> None:
     """Save the resolved config in the run folder."""
     if dist.is_main():
         folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / "config.yaml")
+        save_config(config, folder / CONFIG)
     dist.barrier()
 
 
@@ -198,7 +231,7 @@ def fingerprint(config: PretrainConfig) -> str:
 
 def checkpoint_path(folder: Path, epoch: int) -> Path:
     """Return where the weights of an epoch lie."""
-    return folder / "checkpoints" / f"epoch_{epoch:04d}.pth"
+    return folder / CHECKPOINTS / f"epoch_{epoch:04d}.pth"
 
 
 def facts_of(config: PretrainConfig, dataset: IndexedDataset, epoch: int) -> checkpoint.Facts:

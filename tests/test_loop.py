@@ -216,7 +216,7 @@ from pathlib import Path
 import torch
 from core import dist
 from core.datasets import DataConfig, open_dataset
-from core.loop import Hooks, LoopConfig, Stopped, train
+from core.loop import Hooks, LoopConfig, NonFiniteLoss, Stopped, train
 import importlib.util
 spec = importlib.util.spec_from_file_location("test_loop", sys.argv[1])
 module = importlib.util.module_from_spec(spec)
@@ -229,13 +229,17 @@ if mode == "cut":
     objective.model[1] = torch.nn.Identity()
     if dist.rank() == 1:
         objective.step = -1  # only the first rank gets the signal
+if mode == "nan" and dist.rank() == 1:
+    objective.fail_at = 5  # the loss of the other rank stays finite
 try:
     train(objective, dataset, module.CONFIG, folder, Hooks(), seed=3, device=device,
           resume_run=mode == "resume", fingerprint="recipe")
 except Stopped:
     assert mode == "cut"
+except NonFiniteLoss as error:
+    assert mode == "nan" and "step 5: " in str(error), error
 else:
-    assert mode != "cut"
+    assert mode in ("whole", "resume")
 if dist.is_main():
     torch.save(dict(objective.state_dict()), folder / "final.pth")
 dist.shutdown()
@@ -262,3 +266,23 @@ def test_two_ranks_cut_and_resumed_equal_two_ranks_uninterrupted(
     whole, resumed = (torch.load(tmp_path / d / "final.pth") for d in ("two", "cut"))
     for key, value in whole.items():
         assert torch.equal(value, resumed[key]), key
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_both_and_is_not_saved(
+    tmp_path: Path, tiny_npz: Path, run_ranks: Callable[..., None]
+) -> None:
+    run_ranks(RANKS, 2, __file__, tiny_npz, tmp_path / "nan", "nan")
+    saved = resume.load(tmp_path / "nan", "recipe")
+    assert saved["position"]["iteration"] == 4
+    assert all(torch.isfinite(value).all() for value in saved["objective"].values())
+
+
+def test_a_weight_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
+    trainer = Trainer(TwoStages(), CONFIG, tmp_path, 0, torch.device("cpu"))
+    position = trainer.begin(Hooks())
+    trainer.save(position)
+    before = (tmp_path / resume.FILE).read_bytes()
+    trainer.objective.bank[3, 1] = float("inf")
+    with pytest.raises(NonFiniteLoss, match="bank is not finite; nothing was saved"):
+        trainer.save(position)
+    assert (tmp_path / resume.FILE).read_bytes() == before

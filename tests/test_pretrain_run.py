@@ -1,11 +1,5 @@
-"""A pretraining from its recipe to its run folder, cut and resumed, and the published recipes."""
+"""A pretraining from its recipe to its run folder, and the published recipes."""
 
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,14 +11,7 @@ from core import checkpoint
 from core.config import CONFIG_DIR, InputError, load_config
 from core.results import read_rows
 from pretrain.run import PretrainConfig, plan, pretrain
-
-ROOT = Path(__file__).resolve().parent.parent
-TINY = [
-    "arch", "resnet18_cifar_w16", "data.name", "npz", "data.image_size", "16",
-    "loop.batch_size", "16", "loop.amp", "none",
-    "loop.resume_every", "1", "loop.save_every", "1", "ctc.num_negatives", "8",
-    "ctc.stage1.epochs", "2", "ctc.stage2.epochs", "2", "ce.stage.epochs", "2",
-]  # fmt: skip
+from tests.faults import TINY
 
 
 def _config(data: Path, method: str, *overrides: str) -> PretrainConfig:
@@ -79,7 +66,7 @@ def test_a_fresh_start_wants_an_empty_folder_and_a_resume_its_own_recipe(
     with pytest.raises(InputError, match="another recipe"):
         pretrain(_config(tiny_npz, "ce", "ce.stage.lr", "1"), run, resume_run=True)
     assert sorted(p.stat().st_mtime_ns for p in run.rglob("*")) == before
-    pretrain(_config(tiny_npz, "ce", "loop.log_every", "1"), run, resume_run=True)  # no effect
+    pretrain(_config(tiny_npz, "ce", "loop.log_every", "3"), run, resume_run=True)  # no effect
     assert len(read_rows(run / "results.jsonl")) == 1
 
 
@@ -87,51 +74,6 @@ def test_a_plan_writes_nothing(tmp_path: Path, tiny_npz: Path) -> None:
     said = plan(_config(tiny_npz, "ctc"), tmp_path / "run", False)
     assert "4 epochs = 12 steps of 16 images" in said
     assert not (tmp_path / "run").exists()
-
-
-def _command(data: Path, output: Path, *more: str) -> list[str]:
-    return [
-        sys.executable, str(ROOT / "tools/run_pretrain.py"), "ctc", "--output", str(output),
-        *TINY, "data.root", str(data), *more,
-    ]  # fmt: skip
-
-
-def test_killed_at_a_random_moment_and_resumed_equals_uninterrupted_bit_for_bit(
-    tmp_path: Path, tiny_npz: Path
-) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(_command(tiny_npz, tmp_path / "whole"), check=True, env=environment)
-    started = time.monotonic()
-    process = subprocess.Popen(_command(tiny_npz, tmp_path / "cut"), env=environment)
-    log = tmp_path / "cut" / "log.jsonl"
-    while not (tmp_path / "cut" / "resume.pth").exists() and process.poll() is None:
-        time.sleep(0.01)
-    steps = random.SystemRandom().uniform(0, 0.5 * (time.monotonic() - started))
-    time.sleep(min(steps, 1.5))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert log.parent.exists()
-    again = [*_command(tiny_npz, tmp_path / "cut")[:5], "--resume"]  # its own recipe is in it
-    subprocess.run(again, check=True, env=environment)
-    whole, cut = (
-        torch.load(tmp_path / name / "resume.pth", weights_only=True) for name in ("whole", "cut")
-    )
-    _assert_equal(whole["objective"], cut["objective"])
-    _assert_equal(whole["optimizer"], cut["optimizer"])
-
-
-def _assert_equal(one: Any, two: Any) -> None:
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, two)
-    elif isinstance(one, dict):
-        assert one.keys() == two.keys()
-        for key in one:
-            _assert_equal(one[key], two[key])
-    elif isinstance(one, list):
-        for left, right in zip(one, two, strict=True):
-            _assert_equal(left, right)
-    else:
-        assert one == two
 
 
 def test_every_recipe_loads_and_the_released_ones_have_the_released_values() -> None:

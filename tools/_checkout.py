@@ -18,7 +18,8 @@ if importlib.util.find_spec("omegaconf") is None:  # another Python: use the che
 
 def run(main: Callable[[], int | None]) -> None:
     """Call ``main``; what ends it early becomes one line on stderr and its exit status."""
-    from core.errors import STOPPED_STATUS, InputError, NonFiniteLoss, Stopped
+    from core.errors import STOPPED_STATUS, InputError, LostRank, NonFiniteLoss, Stopped
+    from core.files import is_full
 
     try:
         status = main()
@@ -28,6 +29,9 @@ def run(main: Callable[[], int | None]) -> None:
     except NonFiniteLoss as error:
         _say(f"error: {error}; lower the learning rate, or train without amp")
         status = 1
+    except LostRank as error:
+        print(f"error: {error}; start again with --resume", file=sys.stderr)  # of any rank
+        status = 1
     except Stopped as stopped:
         _say(f"{stopped}; go on with --resume")
         status = STOPPED_STATUS
@@ -36,6 +40,11 @@ def run(main: Callable[[], int | None]) -> None:
         status = 130
     except BrokenPipeError:
         status = 141
+    except OSError as error:
+        if not is_full(error):
+            raise
+        _say(f"error: no space left to write {error.filename or 'a file'}; what was saved is whole")
+        status = 2
     sys.stdout.flush()
     sys.exit(status)
 
