@@ -24,7 +24,7 @@ $(VENV)/.done: pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(if $(D2_HOME),echo "import site; site.addsitedir('$(D2_HOME)')" > "$$($(BIN)/python -c '$(SITE)')/kept.pth")
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(if $(D2_HOME),,-c constraints.txt) ".[dev,fast]"
+	$(BIN)/python -m pip install --quiet $(if $(D2_HOME),,-c constraints.txt) ".[dev,fast,slurm]"
 	@rm -rf build transfer_suite.egg-info
 	$(BIN)/python -c 'import detectron2' 2>/dev/null || $(MAKE) --no-print-directory detectron2
 	$(BIN)/python -c 'import detectron2, torch, torchvision; print("ready: torch", torch.__version__, \

@@ -9,10 +9,14 @@ from report import formats
 from report.html import Page, write_report
 from report.runs import Run, read_run
 from report.tables import Table
+from suite.executors import Executor, LocalExecutor
 from suite.plan import Plan, make_plan, select
 from suite.records import State
 from suite.runner import Outcome, dry_run, run_plan, shown, verdicts
-from suite.schema import load_suite, table_options
+from suite.schema import Suite, load_suite, table_options
+from suite.slurm import SlurmExecutor, check_slurm
+
+EXECUTORS = ("local", "slurm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +29,8 @@ class Request:
     seeds: str = ""  # comma-separated
     format: str = "markdown"
     dry_run: bool = False
+    jobs: int = 0  # at once; 0: as many as the executor has room for
+    executor: str = "local"  # one of EXECUTORS
     overrides: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -42,11 +48,14 @@ def benchmark(request: Request, tools: Path = ROOT / "tools") -> int:
     root = Path(request.output).expanduser() if request.output else ROOT / "runs" / name
     whole = make_plan(suite, name, root)
     plan = select(whole, [word for word in request.only.split(",") if word])
+    executor = _executor(request, suite, whole.root)
     if request.dry_run:
-        dry_run(plan)
+        dry_run(plan, slots=executor.slots)
         return 0
+    if request.executor == "slurm":
+        check_slurm()
     try:
-        outcome = run_plan(plan, _say, tools)
+        outcome = run_plan(plan, _say, tools, executor)
     except KeyboardInterrupt:
         _say("stopped; the same command goes on from here")
         raise
@@ -84,6 +93,14 @@ def done_runs(plan: Plan) -> list[Run]:
     folders = [job.output for job in done if job.kind == "pretrain"]
     folders += [job.output for job in done if job.protocol]
     return [read_run(folder) for folder in folders]
+
+
+def _executor(request: Request, suite: Suite, root: Path) -> Executor:
+    if request.executor == "local":
+        return LocalExecutor(request.jobs, suite.gpus)
+    if request.executor == "slurm":
+        return SlurmExecutor(suite.slurm, root, request.jobs)
+    raise InputError(f"executor {request.executor!r} is not one of {', '.join(EXECUTORS)}")
 
 
 def _remarks(outcome: Outcome) -> list[str]:

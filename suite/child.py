@@ -1,8 +1,8 @@
-"""Runs one command: its output goes to our terminal as it comes, and to a log file.
+"""A command as a child process: its output goes to a log file, and to our terminal where asked.
 
-On a terminal the child gets a terminal of its own, so that it draws its progress bars; the log
-keeps the last state of every line. The child runs in a session of its own: an interruption is
-handed to it once, and it gets the time to save.
+On a terminal an echoed child gets a terminal of its own, so that it draws its progress bars; the
+log keeps the last state of every line. Every child runs in a session of its own: an interruption
+of ours is handed to it once, as SIGTERM, and it gets the time to save.
 """
 
 import contextlib
@@ -13,55 +13,79 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
-GRACE_SECONDS = 60.0  # for the child to save after an interruption
+GRACE_SECONDS = 60.0  # for children to save after an interruption
 KILL_SECONDS = 10.0  # between SIGTERM and SIGKILL
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, raised as the interruption that it is."""
-
-
-def run_child(command: Sequence[str], log: Path, held: Sequence[int] = ()) -> int:
-    """Run ``command`` and return its exit status, negative for a signal.
+class Child:
+    """A command that runs in the background.
 
     Args:
         log: file that the output is appended to, after a line with the command.
         held: file descriptors that the child keeps open (a lock that lasts as long as it does).
-
-    Raises:
-        KeyboardInterrupt: we were interrupted; the child has ended by then.
+        more: environment variables that it gets beside ours.
+        echo: whether its output also goes to our stdout, as it comes.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    terminal = sys.stdout.isatty()
-    reader, writer = os.openpty() if terminal else os.pipe()
-    if terminal:
-        with contextlib.suppress(OSError):
-            _copy_size(sys.stdout.fileno(), writer)
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with log.open("ab") as file, _sigterm_interrupts():
-        file.write(f"$ {subprocess.list2cmdline(command)}\n".encode())
-        file.flush()
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=writer, stderr=writer, env=environment,
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        log: Path,
+        held: Sequence[int] = (),
+        more: Mapping[str, str] | None = None,
+        echo: bool = True,
+    ) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._log = log.open("ab")
+        self._log.write(f"$ {subprocess.list2cmdline(command)}\n".encode())
+        self._log.flush()
+        self._copier: _Copier | None = None
+        writer = self._log.fileno()
+        if echo:
+            self._copier, writer = self._echo()
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=writer, stderr=writer,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **(more or {})},
             start_new_session=True, pass_fds=tuple(held),
         )  # fmt: skip
-        os.close(writer)
-        copier = _Copier(reader, file)
-        try:
-            while process.poll() is None:
-                copier.copy(0.2)
-        except KeyboardInterrupt as interruption:
-            _stop(process, copier, isinstance(interruption, Terminated))
-            raise
-        finally:
-            copier.drain()
-            os.close(reader)
-    return process.returncode
+        if echo:
+            os.close(writer)
+
+    @property
+    def pid(self) -> int:
+        """Return the process, which leads its own session and group."""
+        return self._process.pid
+
+    def poll(self, seconds: float = 0.0) -> int | None:
+        """Pass its output on for some seconds; return its exit status, None while it runs.
+
+        The status is negative for a signal.
+        """
+        if not self._log.closed:
+            if self._copier is None:
+                time.sleep(seconds)
+            else:
+                self._copier.copy(seconds)
+        status = self._process.poll()
+        if status is not None and not self._log.closed:
+            if self._copier is not None:
+                self._copier.drain()
+            self._log.close()
+        return status
+
+    def _echo(self) -> tuple["_Copier", int]:
+        """Return what copies the child's output, and the descriptor that it writes to."""
+        terminal = sys.stdout.isatty()
+        reader, writer = os.openpty() if terminal else os.pipe()
+        if terminal:
+            with contextlib.suppress(OSError):
+                _copy_size(sys.stdout.fileno(), writer)
+        return _Copier(reader, self._log), writer
 
 
 class _Copier:
@@ -102,6 +126,45 @@ class _Copier:
         if self.line:
             self.log.write(_last_state(self.line) + b"\n")
             self.line = b""
+        os.close(self.reader)
+
+
+def stop(children: Sequence[Child]) -> None:
+    """Let all children save and end; a second interruption, or too long a wait, ends them."""
+    steps = [  # a child's own children are its own to end, unless it does not come to that
+        (os.kill, signal.SIGTERM, GRACE_SECONDS),
+        (os.killpg, signal.SIGTERM, KILL_SECONDS),
+        (os.killpg, signal.SIGKILL, KILL_SECONDS),
+    ]
+    for send, number, seconds in steps:
+        for child in children:
+            if child.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    send(child.pid, number)
+        end = time.monotonic() + seconds
+        try:
+            while time.monotonic() < end:
+                if all(child.poll(0.2 / len(children)) is not None for child in children):
+                    return
+        except KeyboardInterrupt:
+            continue
+
+
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM raise KeyboardInterrupt inside the block (in the main thread)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _write(stream: IO[str], data: bytes) -> None:
@@ -116,43 +179,6 @@ def _write(stream: IO[str], data: bytes) -> None:
 def _last_state(line: bytes) -> bytes:
     """Return what a line shows in the end, after all its carriage returns."""
     return line.rstrip(b"\r").rsplit(b"\r", 1)[-1]
-
-
-def _stop(process: subprocess.Popen[bytes], copier: _Copier, terminated: bool) -> None:
-    """Hand the interruption on and wait; a second one, or too long a wait, ends the child."""
-    steps = [  # its own children are its own to end, unless it does not come to that
-        (os.kill, signal.SIGTERM if terminated else signal.SIGINT, GRACE_SECONDS),
-        (os.killpg, signal.SIGTERM, KILL_SECONDS),
-        (os.killpg, signal.SIGKILL, KILL_SECONDS),
-    ]
-    for send, number, seconds in steps:
-        with contextlib.suppress(ProcessLookupError):
-            send(process.pid, number)
-        end = time.monotonic() + seconds
-        try:
-            while process.poll() is None and time.monotonic() < end:
-                copier.copy(0.2)
-        except KeyboardInterrupt:
-            continue
-        if process.poll() is not None:
-            return
-
-
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Let SIGTERM raise ``Terminated`` inside the block (in the main thread)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise Terminated
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _copy_size(source: int, target: int) -> None:

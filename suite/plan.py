@@ -8,12 +8,12 @@ Nothing here runs or writes anything.
 
 import dataclasses
 import fnmatch
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from core.config import ROOT, InputError, find_config, read_with_bases
+from suite.launch import launch
 from suite.schema import Initialisation, Protocol, Suite, step_of
 
 CONVERT_MINUTES = 0.2
@@ -138,16 +138,14 @@ def command(
     job: Job, source: str, resume: bool, gpus: int, tools: Path = ROOT / "tools"
 ) -> list[str]:
     """Return the command line of a job, given its input file."""
-    python = [sys.executable]
-    if gpus > 1 and job.kind in ("pretrain", "transfer"):
-        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
     words = [*job.words, *([source] if job.kind == "convert" else [])]
     given = ["--weights", source] if job.kind in ("detection", "transfer") else []
-    if job.kind == "detection" and gpus:
-        given += ["--num-gpus", str(gpus)]
     output = ["--output", str(job.output), *(["--resume"] if resume else [])]
     tool = str(tools / TOOLS[job.kind])
-    return [*python, tool, *words, *job.options, *given, *output, *job.pairs]
+    return launch(
+        [tool, *words, *job.options, *given, *output, *job.pairs],
+        gpus if job.kind != "convert" else 0,
+    )
 
 
 def _pretrain_job(name: str, init: Initialisation, seed: int, root: Path) -> Job:

@@ -59,6 +59,7 @@ class Record:
     rows: list[list[str]] = dataclasses.field(default_factory=list)  # distinct [config, weights]
     seconds: float = 0.0  # all attempts together
     status: int | None = None  # exit status
+    ticket: str = ""  # the SLURM job that runs or has run it
 
 
 class Records:
@@ -138,21 +139,21 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
-def make_room(job: Job, record: Record | None) -> Path | None:
+def make_room(output: Path, ours: bool) -> Path | None:
     """Clear a job's output for a run from the beginning; return where its old content is kept.
 
     Content with rows or checkpoints is kept beside as ``<name>.old1``, ``.old2``…; only the crumbs
-    of a run of this suite that had not come to its first checkpoint are deleted.
+    of a run that had not come to its first checkpoint are deleted, and those only where ``ours``.
     """
-    if not _occupied(job.output):
+    if not _occupied(output):
         return None
-    if record is not None and job.output.is_dir() and not _worth_keeping(job.output):
-        shutil.rmtree(job.output)
+    if ours and output.is_dir() and not _worth_keeping(output):
+        shutil.rmtree(output)
         return None
     number = 1
-    while (kept := job.output.with_name(f"{job.output.name}.old{number}")).exists():
+    while (kept := output.with_name(f"{output.name}.old{number}")).exists():
         number += 1
-    job.output.rename(kept)
+    output.rename(kept)
     return kept
 
 

@@ -20,6 +20,7 @@ RESERVED = (
     "jobs",
     "logs",
     "figures",
+    "slurm",
 )  # folders
 
 
@@ -51,6 +52,20 @@ class Protocol:
 
 
 @dataclasses.dataclass(frozen=True)
+class Slurm:
+    """What a SLURM job asks for; GPUs apart, which the suite or the command line says."""
+
+    partition: str = ""  # empty: the cluster's default
+    account: str = ""
+    hours: float = 24.0  # then the job saves, is queued again and goes on
+    cpus_per_gpu: int = 8  # also what a job without a GPU gets
+    memory_gb: float = 0.0  # per machine; 0: the partition's default
+    save_seconds: int = 120  # from the signal to save until SLURM ends the job
+    requeues: int = 20  # after so many time-outs the job is not queued again
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # more of sbatch's options
+
+
+@dataclasses.dataclass(frozen=True)
 class Suite:
     """One table: which initialisations, under which protocols, with which seeds."""
 
@@ -65,6 +80,7 @@ class Suite:
     references: list[str] = dataclasses.field(default_factory=list)  # published tables; empty: any
     images: int = 6  # validation images in the page
     score: float = 0.5  # predictions below it are not drawn
+    slurm: Slurm = dataclasses.field(default_factory=Slurm)  # for --executor slurm
 
 
 def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:

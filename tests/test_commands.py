@@ -4,6 +4,7 @@ A command that README gains without an entry here fails the test, and so does an
 no longer has.
 """
 
+import importlib.util
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 from core.shapes_coco import write_coco
+from tests import fake_slurm
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_RUN = "data.workers 0 data.limit 40 loop.batch_size 20 loop.log_every 1 loop.amp none"
@@ -113,6 +115,16 @@ TOY: dict[str, tuple[dict[str, str], str]] = {
         f"--output {{runs}}/quickstart --only random {TINY_SUITE}",
     ),
     "tools/benchmark.py --config suites/table5.yaml --dry-run": ({}, ""),
+    "tools/benchmark.py --config suites/table5.yaml --executor slurm slurm.partition gpu "
+    "slurm.hours 24": (
+        {"suites/table5.yaml": "suites/quickstart.yaml"},
+        f"--output {{runs}}/quickstart_slurm --only random {TINY_SUITE}",
+    ),
+    "tools/slurm.py --nodes 2 --gpus 8 --hours 24 -- tools/run_pretrain.py ctc --config "
+    "pretrain/ctc_imagenet.yaml --output runs/x": (
+        {"--nodes 2 --gpus 8": "--gpus 0 --logs {runs}/slurm", "runs/x": "{runs}/x"},
+        f"arch resnet18 {TINY_NPZ} {TINY_CTC} {TINY_RUN}",
+    ),
     "tools/make_report.py runs/quickstart": ({"runs/quickstart": "{runs}/quickstart"}, ""),
 }
 
@@ -136,12 +148,16 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory, tiny_npz: Path) -> dict[
                 path = folder / "folder" / split / str(content["classes"][label]) / f"{number}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 cv2.imwrite(str(path), image)
+    slurm = folder / "slurm"  # stand-ins for its commands, which run the jobs here
+    slurm.mkdir()
+    fake_slurm.write_commands(slurm)
     return {
         "runs": str(folder / "runs"),
         "npz": str(tiny_npz),
         "folder": str(folder / "folder"),
         "json": str(coco.json),
         "images": str(coco.images),
+        "slurm": str(slurm),
     }
 
 
@@ -149,7 +165,10 @@ def test_every_command_of_readme_works(stand_ins: dict[str, str]) -> None:
     commands = [c for c in readme_commands() if not c.startswith("make")]
     assert set(commands) == set(TOY)
     environment = {**os.environ, "PYTHON": sys.executable, "DETECTRON2_DATASETS": "/nowhere"}
+    environment["PATH"] = stand_ins["slurm"] + os.pathsep + environment["PATH"]
     for command in commands:
+        if "slurm" in command and importlib.util.find_spec("submitit") is None:
+            continue
         replaced, more = TOY[command]
         toy = command
         for old, new in replaced.items():

@@ -24,14 +24,16 @@ from core.results import ResultRow
 from report.runs import read_run
 from suite import rebuild
 from suite.benchmark import Request, benchmark
-from suite.child import run_child
+from suite.child import Child
+from suite.clock import Clock, clock_time
+from suite.executors import LocalExecutor, Task
 from suite.plan import command, make_plan, select
 from suite.records import Records, State, changed_recipe, make_room
-from suite.runner import Clock, clock_time, run_plan, verdicts
+from suite.runner import dry_run, run_plan, verdicts
 from suite.schema import Suite, load_suite
 
 HEAD = """
-import json, pathlib, sys, time
+import json, pathlib, signal, sys, time
 here = pathlib.Path(__file__).parent
 words = sys.argv[1:]
 with (here / "diary").open("a") as diary:
@@ -82,11 +84,11 @@ output.mkdir(parents=True, exist_ok=True)
 stop_if_asked("detect")
 if (here / f"hang-{mark}").exists():
     print("hanging", flush=True)
-    try:
-        time.sleep(60)
-    except KeyboardInterrupt:
+    def save(number, frame):
         (output / "saved").write_text("in time")
-        sys.exit(130)
+        sys.exit(75)
+    signal.signal(signal.SIGTERM, save)
+    time.sleep(60)
 weights = hashlib.sha256(pathlib.Path(after("--weights")).read_bytes()).hexdigest()
 row = dict(step="detection", protocol=pathlib.Path(after("--config")).stem, dataset="shapes",
     split="val", metric="bbox/AP", value=10.0 + len(after("--init")), unit="%",
@@ -302,20 +304,22 @@ def test_dry_run_prints_the_plan_and_writes_nothing(bench: Bench, capsys):
     assert "2 steps to run" in printed
 
 
-def start(bench: Bench) -> subprocess.Popen[str]:
-    """Start the suite in a process of its own, and wait until the hanging step has begun."""
+def start(
+    bench: Bench, jobs: int = 1, hanging: tuple[str, ...] = ("random",)
+) -> subprocess.Popen[str]:
+    """Start the suite in a process of its own, and wait until the hanging steps have begun."""
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from pathlib import Path\nfrom suite.benchmark import Request, benchmark\n"
-        f"sys.exit(benchmark(Request({str(bench.config)!r}, {str(bench.root)!r}), "
+        f"sys.exit(benchmark(Request({str(bench.config)!r}, {str(bench.root)!r}, jobs={jobs}), "
         f"Path({str(bench.tools)!r})))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    log = bench.root / "logs/quick--random-s1.log"
+    logs = [bench.root / f"logs/quick--{init}-s1.log" for init in hanging]
     end = time.monotonic() + 60
-    while not (log.exists() and "hanging" in log.read_text()):
+    while not all(log.exists() and "hanging" in log.read_text() for log in logs):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -356,6 +360,66 @@ def test_a_killed_runner_leaves_a_lock_with_the_step_that_it_has_left_behind(ben
             break
         except InputError:
             assert time.monotonic() < end
+
+
+def test_several_jobs_run_at_once_and_leave_their_output_to_their_logs(
+    bench: Bench, capfd, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    meet = (
+        "\nimport os\nother = {'random': 'ce', 'ce': 'random'}[after('--init')]\n"
+        "(here / after('--init')).write_text(os.environ['OMP_NUM_THREADS'])\n"
+        "end = time.monotonic() + 30\n"
+        "while not (here / other).exists() and time.monotonic() < end: time.sleep(0.05)\n"
+        "assert (here / other).exists()\nprint('they have met')\n"
+    )
+    (bench.tools / "train_net.py").write_text(textwrap.dedent(HEAD) + meet + DETECT)
+    (bench.tools / "fail-pretrain-random-s1").touch()
+    assert bench.run(jobs=2) == 1  # ce went on to its end, alone, and did not meet anyone
+    (bench.tools / "fail-pretrain-random-s1").unlink()
+    assert bench.run(jobs=2) == 0
+    printed = capfd.readouterr().out
+    assert "they have met" in (bench.root / "logs/quick--ce-s1.log").read_text()
+    assert "they have met" not in printed
+    assert "quick ce, seed 1: started, elapsed" in printed
+    assert "quick ce, seed 1: done in 0:" in printed
+    threads = max(len(os.sched_getaffinity(0)) // 2, 1)
+    assert (bench.tools / "ce").read_text() == str(threads)
+
+
+def test_an_interruption_ends_all_children_and_the_next_call_goes_on(bench: Bench):
+    for init in ("random", "ce"):
+        (bench.tools / f"hang-{init}-s1").touch()
+    process = start(bench, jobs=2, hanging=("random", "ce"))
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    for init in ("random", "ce"):
+        assert (bench.root / f"quick/{init}-s1/saved").read_text() == "in time"
+        (bench.tools / f"hang-{init}-s1").unlink()
+    bench.calls()
+    assert bench.run(jobs=2) == 0
+    assert [(call[0], "--resume" in call) for call in bench.calls()] == [("train_net", True)] * 2
+
+
+def test_each_job_has_gpus_of_its_own(tmp_path: Path):
+    code = "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(0.5)"
+    words = [sys.executable, "-c", code]
+    executor = LocalExecutor(gpus=2, devices=["0", "1", "4", "7", "8"])
+    assert executor.slots == 2
+    tasks = [Task(str(n), words, tmp_path, tmp_path / str(n), gpus=2) for n in range(3)]
+    first, second = (executor.start(task, 0) for task in tasks[:2])
+    while first.ended() is None or second.ended() is None:
+        executor.wait()
+    executor.start(tasks[2], 0)
+    executor.stop()
+    seen = [task.log.read_text().splitlines()[1:] for task in tasks[:2]]
+    assert seen == [["0,1"], ["4,7"]]
+    assert LocalExecutor(devices=["0", "1"]).slots == 2
+    assert LocalExecutor(devices=[]).slots == 1
+    assert LocalExecutor(gpus=8, devices=[]).slots == 1
+    with pytest.raises(InputError, match="at most 2 jobs"):
+        LocalExecutor(jobs=3, gpus=2, devices=["0", "1", "2", "3"])
 
 
 def _processes_with(word: str) -> list[int]:
@@ -457,13 +521,12 @@ def test_a_stranger_s_run_is_kept_and_crumbs_are_cleared(bench: Bench):
     (job.output / "notes.txt").write_text("mine")
     ((_, verdict, _),) = [v for v in verdicts(plan) if v[0] is job]
     assert verdict.state is State.RERUN
-    kept = make_room(job, Records(plan.root).read(job))
+    kept = make_room(job.output, ours=False)
     assert kept is not None
     assert (kept / "notes.txt").read_text() == "mine"
     run_plan(plan, lambda _: None, bench.tools)
-    record = Records(plan.root).read(job)
     (job.output / "results.jsonl").unlink()
-    assert make_room(job, record) is None
+    assert make_room(job.output, ours=True) is None
     assert not job.output.exists()
 
 
@@ -474,12 +537,21 @@ def test_the_quickstart_and_the_other_suites_can_be_read():
         suite = load_suite(file)
         assert dataclasses.is_dataclass(suite)
         assert load_config(Suite, file) == suite
-        assert file.read_text().startswith(f"# tools/benchmark.py --config suites/{file.name}")
+        first, *_ = file.read_text().splitlines()
+        assert first.endswith(f" tools/benchmark.py --config suites/{file.name}")
+        plan = make_plan(suite, file.stem, "/nowhere")
+        assert {cell.init for cell in plan.cells} == set(suite.initialisations)
+        said: list[str] = []
+        dry_run(plan, said.append)
+        assert f"{len(plan.cells)} cells" in said[0]
 
 
 def test_the_log_keeps_the_last_state_of_every_line(tmp_path: Path, capfd):
     code = r"import sys; sys.stdout.write('10%\r50%\r100%\nend\r\nlast'); sys.exit(3)"
-    assert run_child([sys.executable, "-c", code], tmp_path / "log") == 3
+    child = Child([sys.executable, "-c", code], tmp_path / "log")
+    while (status := child.poll(0.1)) is None:
+        pass
+    assert status == 3
     assert (tmp_path / "log").read_text().splitlines()[1:] == ["100%", "end", "last"]
     assert "50%" in capfd.readouterr().out
 
@@ -487,9 +559,10 @@ def test_the_log_keeps_the_last_state_of_every_line(tmp_path: Path, capfd):
 def test_on_a_terminal_the_child_has_a_terminal(tmp_path: Path):
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from pathlib import Path\nfrom suite.child import run_child\n"
+        "from pathlib import Path\nfrom suite.child import Child\n"
         "child = 'import sys; print(sys.stdout.isatty(), sys.stderr.isatty())'\n"
-        f"run_child([sys.executable, '-c', child], Path({str(tmp_path / 'log')!r}))"
+        f"child = Child([sys.executable, '-c', child], Path({str(tmp_path / 'log')!r}))\n"
+        "while child.poll(0.1) is None: pass"
     )
     said = b""
 
@@ -525,7 +598,11 @@ def test_eta_is_declared_then_measured_and_says_what_it_does_not_know(bench: Ben
     clock.note(plan.job("pretrain/random-s1"), 1.0)  # tells nothing of another initialisation
     assert clock.eta(detections) == "2:00"
     assert clock.eta(pretrains) == "--:--"
+    assert clock.eta(detections, slots=3) == "1:00"
+    assert clock.eta(detections, slots=4, passed={"quick/ce-s1": 20.0}) == "0:30"
     clock.note(pretrains[0], 90.0)
+    chain = [pretrains[0], plan.job("convert/ce-s1"), plan.job("quick/ce-s1"), pretrains[1]]
+    assert clock.eta(chain, slots=2) == "2:12"  # 90 + 12 + 30: each after what it needs
     assert clock.eta(pretrains) == "3:00"
 
 

@@ -4,6 +4,7 @@
     tools/benchmark.py --config suites/quickstart.yaml
     tools/benchmark.py --config suites/table5.yaml --dry-run
     tools/benchmark.py --config suites/quickstart.yaml --seeds 1,2,3 --only ctc,ce
+    tools/benchmark.py --config suites/table5.yaml --executor slurm slurm.partition gpu
     tools/benchmark.py --config suites/quickstart.yaml protocols.NAME.overrides.SOLVER.MAX_ITER 300
 
 What is done is skipped, what was interrupted goes on, a failed cell does not stop the others (and
@@ -31,6 +32,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--only", default="", metavar="A,B", help="initialisations, protocols, cells")
     p.add_argument("--seeds", default="", metavar="1,2,3", help="instead of the suite's own")
     p.add_argument("--format", default="markdown", choices=("markdown", "latex", "csv"))
+    p.add_argument(
+        "--jobs", type=int, default=0, metavar="N", help="at once; 0: a job for each GPU"
+    )
+    p.add_argument("--executor", default="local", choices=("local", "slurm"), help="where jobs run")
     p.add_argument("--dry-run", action="store_true", help="print the plan and the commands only")
     p.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="keys of the suite to change")
     return p

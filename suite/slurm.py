@@ -1,0 +1,349 @@
+"""Tools as SLURM jobs, through submitit: saved and queued again when their time is over.
+
+SLURM warns a job ``save_seconds`` before it ends it, by time or (``PreemptParameters=
+send_user_signal``) by preemption. The tool then gets SIGTERM, saves at the end of its step and
+ends; the job is queued again and goes on with ``--resume``. After a node failure SLURM itself
+queues the job again, and it goes on from what was saved last.
+"""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from core.config import ROOT
+from core.errors import STOPPED_STATUS, InputError
+from suite.executors import End, Task
+from suite.launch import ALONE, Place, launch, tool_of
+from suite.records import make_room, resumable
+from suite.schema import Slurm
+
+FIRST_PORT, PORTS = 20000, 20000  # where the machines of a job meet, by the job's number
+LONGEST_WAIT_SECONDS = 30.0  # between two looks at the queue
+
+
+@dataclasses.dataclass
+class Step:
+    """What SLURM runs, once on each machine of a job; submitit pickles it.
+
+    ``checkpoint`` is submitit's name for what is done when SLURM warns the job.
+    """
+
+    words: list[str]  # the tool and its arguments, or (``ready``) a whole command
+    output: Path | None = None  # folder of the run, to resume from; None: nothing to resume
+    gpus: int = 0  # per machine
+    nodes: int = 1
+    log: Path | None = None  # None: the job's own
+    ready: bool = False
+    save_seconds: float = 120.0
+    queued_again: bool = False
+    seconds: float = 0.0  # of all attempts together
+    status: int | None = None  # of the tool, once it has ended
+    _pid: int = dataclasses.field(default=0, init=False)
+    _warned: bool = dataclasses.field(default=False, init=False)
+
+    def __call__(self) -> End:
+        """Run the tool to its end; return its status."""
+        place = self._place()
+        if self.status is None:
+            started = time.monotonic()
+            signal.signal(signal.SIGTERM, lambda *_: self._warn())
+            self._run(place)
+            self.seconds += time.monotonic() - started
+        if self.status and (self._warned or place.node > 0 or self.status == STOPPED_STATUS):
+            time.sleep(self.save_seconds)  # SLURM ends us now, or the first machine queues us again
+        return End(self.status or 0, self.seconds)
+
+    def checkpoint(self) -> Any:
+        """Let the tool save; return what is to be queued instead of this."""
+        from submitit.helpers import DelayedSubmission
+
+        started = time.monotonic()
+        self._warn()
+        while self._pid and self.status is None and time.monotonic() - started < self.save_seconds:
+            time.sleep(0.1)
+        ended = 0 if self.status == 0 else None  # it has just become ready: nothing to go on with
+        again = dataclasses.replace(self, status=ended, queued_again=True)
+        return DelayedSubmission(again)
+
+    def command(self, place: Place = ALONE) -> list[str]:
+        """Return the command of a machine, with --resume where there is something to go on with."""
+        words = list(self.words)
+        if self.output is not None and self._again() and "--resume" not in words:
+            if resumable(self.output):
+                words.insert(words.index("--output"), "--resume")
+            elif place.node == 0:
+                make_room(self.output, ours=True)
+        return words if self.ready else launch(words, self.gpus, place)
+
+    def _run(self, place: Place) -> None:
+        with contextlib.ExitStack() as stack:
+            out: IO[bytes] | None = None
+            if self.log is not None:
+                self.log.parent.mkdir(parents=True, exist_ok=True)
+                out = stack.enter_context(self.log.open("ab"))
+            command = self.command(place)
+            line = f"$ {subprocess.list2cmdline(command)}\n"
+            if out is None:
+                print(line, end="", flush=True)
+            else:
+                out.write(line.encode())
+                out.flush()
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=out and subprocess.STDOUT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"}, preexec_fn=_ignore_warnings,
+            )  # fmt: skip
+            self._pid = process.pid
+            # In a thread, so that the handler of a signal may wait for the status as well.
+            threading.Thread(target=self._keep_status, args=(process,), daemon=True).start()
+            while self.status is None:
+                time.sleep(0.1)
+
+    def _keep_status(self, process: "subprocess.Popen[bytes]") -> None:
+        self.status = process.wait()
+
+    def _warn(self) -> None:
+        """Hand SIGTERM to what saves: the ranks below torchrun, or else the tool itself."""
+        self._warned = True
+        if not self._pid or self.status is not None:
+            return
+        behind_torchrun = "torch.distributed.run" in _command_line(self._pid)
+        for pid in (behind_torchrun and _children(self._pid)) or [self._pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+
+    def _again(self) -> bool:
+        return self.queued_again or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+
+    def _place(self) -> Place:
+        if self.nodes == 1:
+            return ALONE
+        from submitit import JobEnvironment
+
+        environment = JobEnvironment()
+        port = FIRST_PORT + int(environment.raw_job_id) % PORTS
+        return Place(self.nodes, environment.node, environment.hostnames[0], port)
+
+
+class SlurmExecutor:
+    """Runs the tasks of a suite as SLURM jobs, which outlive the command that submits them.
+
+    Args:
+        folder: of the suite; on a file system that the cluster shares.
+        jobs: in the queue at once; 0: all that are ready.
+    """
+
+    def __init__(self, settings: Slurm, folder: Path, jobs: int = 0) -> None:
+        self.slots = jobs or 10**6
+        self.settings, self.folder = settings, folder / "slurm"
+        self._attempts: list[_SlurmAttempt] = []
+        self._pause = 0.2
+
+    def start(self, task: Task, held: int) -> "_SlurmAttempt":
+        """Submit a task; the lock does not reach another machine: the ticket stands for it."""
+        step = Step(
+            task.command, task.output if task.resumes else None, task.gpus, log=task.log, ready=True
+        )
+        job = submit(step, self.settings, self.folder, task.name)
+        return self._keep(job)
+
+    def again(self, task: Task, ticket: str) -> "_SlurmAttempt | None":
+        """Take up a job that is in the queue, or has ended while nobody looked."""
+        from submitit import SlurmJob
+
+        number = ticket.rpartition(" ")[2]
+        job: Any = SlurmJob(self.folder / number, number)
+        queued = in_queue()
+        known = job.paths.result_pickle.exists() or queued is None or number in queued
+        return self._keep(job) if known else None
+
+    def wait(self) -> None:
+        """Look at the queue, less often the longer nothing has happened."""
+        time.sleep(self._pause)
+        self._pause = min(1.5 * self._pause, LONGEST_WAIT_SECONDS)
+        open_attempts = [a for a in self._attempts if not a.look_for_result()]
+        queued = in_queue() if open_attempts else None
+        for attempt in open_attempts:
+            attempt.missed = 0 if queued is None or attempt.number in queued else attempt.missed + 1
+        if len(open_attempts) < len(self._attempts):
+            self._attempts, self._pause = open_attempts, 0.2
+
+    def stop(self) -> str:
+        """Leave all jobs in the queue."""
+        numbers = " ".join(attempt.number for attempt in self._attempts)
+        return numbers and (
+            f"SLURM goes on with jobs {numbers}: the same command takes them up again, "
+            f"`scancel {numbers}` ends them"
+        )
+
+    def _keep(self, job: Any) -> "_SlurmAttempt":
+        attempt = _SlurmAttempt(job)
+        self._attempts.append(attempt)
+        self._pause = 0.2
+        return attempt
+
+
+class _SlurmAttempt:
+    """A job in the queue."""
+
+    def __init__(self, job: Any) -> None:
+        self.job, self.number = job, str(job.job_id)
+        self.ticket = f"SLURM job {self.number}"
+        self.missed = 0  # looks at the queue in which it was not there
+
+    def look_for_result(self) -> bool:
+        """Whether it has left a result."""
+        with contextlib.suppress(OSError):
+            list(self.job.paths.folder.iterdir())  # a network file system looks again
+        return bool(self.job.paths.result_pickle.exists())
+
+    def ended(self) -> End | None:
+        """Return how it has ended, None while it has not."""
+        if self.look_for_result():
+            outcome, result = self.job._get_outcome_and_result()
+            if outcome == "success":
+                return result if isinstance(result, End) else None
+            return End(1, 0.0, f"{self.ticket}: {str(result).strip().splitlines()[-1]}")
+        if self.missed > 1:
+            return End(1, 0.0, f"{self.ticket} has ended without a result: {self.job.paths.stderr}")
+        return None
+
+
+def check_slurm() -> None:
+    """Raise InputError where no job can be submitted."""
+    try:
+        import submitit  # noqa: F401
+    except ImportError:
+        raise InputError(
+            "SLURM needs submitit, which is not installed: .venv/bin/pip install submitit"
+        ) from None
+    missing = [name for name in ("sbatch", "srun") if shutil.which(name) is None]
+    if missing:
+        raise InputError(
+            f"there is no {' and no '.join(missing)} on this machine: submit from a login node of "
+            "a SLURM cluster, or run without SLURM"
+        )
+
+
+def submit(step: Step, settings: Slurm, folder: Path, name: str) -> Any:
+    """Submit a step as one task on each machine; return submitit's job.
+
+    Args:
+        folder: gets a folder of each job, with its log and its pickle.
+
+    Raises:
+        InputError: SLURM refuses the job; its own words are in the sentence.
+    """
+    from submitit import SlurmExecutor as Submitter
+    from submitit.core.utils import FailedJobError
+
+    submitter = Submitter(folder / "%j", max_num_timeout=settings.requeues)
+    submitter.update_parameters(**sbatch_options(settings, step, name))
+    step.save_seconds = max(settings.save_seconds - 10.0, settings.save_seconds / 2)
+    try:
+        return submitter.submit(step)
+    except FailedJobError as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise InputError(f"SLURM refuses {name}: {lines[-1].strip()}") from None
+
+
+def sbatch_options(settings: Slurm, step: Step, name: str) -> dict[str, Any]:
+    """Return submitit's parameters of a job."""
+    options: dict[str, Any] = {
+        "job_name": name.replace("/", "-"),
+        "time": max(round(60 * settings.hours), 1),  # minutes
+        "nodes": step.nodes,
+        "ntasks_per_node": 1,
+        "cpus_per_task": settings.cpus_per_gpu * max(step.gpus, 1),
+        "signal_delay_s": settings.save_seconds,
+        "stderr_to_stdout": False,
+        "setup": [f'export PYTHONPATH="{ROOT}${{PYTHONPATH:+:$PYTHONPATH}}"'],
+        "additional_parameters": {"requeue": True, **settings.extra},
+    }
+    if step.gpus:
+        options["gpus_per_node"] = step.gpus
+    if settings.memory_gb:
+        options["mem"] = f"{round(1024 * settings.memory_gb)}M"
+    given = {"partition": settings.partition, "account": settings.account}
+    return options | {key: value for key, value in given.items() if value}
+
+
+def in_queue() -> set[str] | None:
+    """Return the numbers of our jobs that wait, run or end; None where SLURM does not answer."""
+    command = ["squeue", "--me", "--noheader", "--format=%A"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return None if answer.returncode else set(answer.stdout.split())
+
+
+def submit_tool(
+    words: Sequence[str], gpus: int, nodes: int, settings: Slurm, folder: Path
+) -> tuple[str, Path]:
+    """Submit a tool of ours as a job of its own; return the job's number and its log.
+
+    Args:
+        words: the tool's file and its arguments.
+        gpus: per machine.
+
+    Raises:
+        InputError: no such tool, one that cannot use what is asked for, or that could not go on.
+    """
+    tool = Path(words[0])
+    file = next((f for f in (tool, ROOT / tool, ROOT / "tools" / tool) if f.is_file()), None)
+    if file is None or file.suffix != ".py":
+        raise InputError(f"{tool} is no tool: name a Python file, such as tools/run_pretrain.py")
+    words = [str(file.absolute()), *words[1:]]
+    launch(words, gpus, Place(nodes))  # says what cannot be
+    known, output = tool_of(words), _output_of(words)
+    if known.resumes and output is None:
+        raise InputError(f"{file.name} needs --output: where it goes on when it is queued again")
+    check_slurm()
+    if known.rehearses:
+        _rehearse(words)
+    step = Step(words, output if known.resumes else None, gpus, nodes)
+    job = submit(step, settings, folder, file.stem)
+    return str(job.job_id), Path(job.paths.stdout)
+
+
+def _output_of(words: Sequence[str]) -> Path | None:
+    if "--output" in words[:-1]:
+        return Path(words[words.index("--output") + 1]).absolute()
+    return None
+
+
+def _rehearse(words: Sequence[str]) -> None:
+    """Let the tool refuse bad input now, and not when the job's turn comes."""
+    command = [*launch(words, 0), "--dry-run"]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    if answer.returncode:
+        said = answer.stderr.strip().splitlines() or [f"{words[0]} --dry-run fails"]
+        raise InputError(said[-1].removeprefix("error: "))
+
+
+def _ignore_warnings() -> None:
+    """In the child: SLURM may send a job's warning to all its processes; it would end ours."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+
+def _command_line(pid: int) -> list[str]:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    return []
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            if int(entry.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(entry.parent.name))
+    return found
