@@ -32,7 +32,7 @@ SERVER = multiprocessing.get_context("forkserver")
 class Fault:
     """What befalls a process, and when: at the ``count``-th time that it comes by."""
 
-    where: str = "never"  # a key of PLACES, "clock" (count in ms from the first step) or "never"
+    where: str = "never"  # a key of PLACES, or as ``_arm`` knows it
     count: int = 1
     file_limit: int = 0  # bytes that a file may have, 0: any
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -76,13 +76,20 @@ def _kill() -> None:
 
 
 def _arm(fault: Fault) -> None:
-    """Let the process kill itself at the place of the fault."""
+    """Let the process kill or stop itself at the place of the fault.
+
+    "clock" counts milliseconds from the first step, "hang" stops before a step without ending.
+    """
     import torch
 
     from core import loop, resume
 
     if fault.where == "clock":
         _wrap(loop.Trainer, "step", 1, before=threading.Timer(fault.count / 1000, _kill).start)
+    elif fault.where == "hang":
+        _wrap(
+            loop.Trainer, "step", fault.count, before=lambda: os.kill(os.getpid(), signal.SIGSTOP)
+        )
     elif fault.where == "half a save":
         _wrap(torch, "save", fault.count, instead=_half_save)
     elif fault.where == "half a log line":
