@@ -17,6 +17,7 @@ from core.errors import InputError
 STATS = (
     "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
 )  # fmt: skip
+ALL_SIZES = (0.0, 1e10)  # square pixels, COCO's "all"
 KEYPOINT_STATS = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
 
 
@@ -55,14 +56,9 @@ def evaluate(
         backend: whose implementation; a key of ``BACKENDS``.
         sigmas: one per keypoint, for the similarity; COCO's 17 where empty.
     """
-    if iou_type == "segm":  # with a bbox present, the size class would be the box's
-        detections = [{k: v for k, v in d.items() if k != "bbox"} for d in detections]
-    else:
-        detections = [dict(d) for d in detections]  # they get areas and ids
     names = KEYPOINT_STATS if iou_type == "keypoints" else STATS
-    make = BACKENDS[backend] if detections and names is STATS else _pycocotools
     with contextlib.redirect_stdout(io.StringIO()):
-        judge = make(truth, detections, iou_type)
+        judge = _judge(truth, detections, iou_type, backend if names is STATS else "pycocotools")
         if sigmas:
             judge.params.kpt_oks_sigmas = np.array(sigmas)
         judge.evaluate()
@@ -76,6 +72,17 @@ def evaluate(
         per_class={name: _mean(precision[:, :, k, 0, -1]) for k, name in enumerate(classes)},
         precision=precision,
     )
+
+
+def matches(
+    truth: COCO, detections: Sequence[dict[str, Any]], iou_type: str
+) -> list[dict[str, Any]]:
+    """Return pycocotools' ``evalImgs`` over objects of all sizes, by category and image."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        judge = _judge(truth, detections, iou_type, "pycocotools")
+        judge.params.areaRng, judge.params.areaRngLbl = [list(ALL_SIZES)], ["all"]
+        judge.evaluate()
+    return [entry for entry in judge.evalImgs if entry is not None]
 
 
 def choose(backend: str) -> str:
@@ -100,6 +107,26 @@ def read_truth(path: str | Path) -> COCO:
         return COCO(str(path))
 
 
+def indexed(content: dict[str, Any]) -> COCO:
+    """Return the content of an annotation file as pycocotools has it, without its chatter."""
+    truth = COCO()
+    truth.dataset = content
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+    return truth
+
+
+def _judge(truth: COCO, detections: Sequence[dict[str, Any]], iou_type: str, backend: str) -> Any:
+    """Return an evaluator that has not begun; without any detection it is pycocotools'."""
+    unused = "bbox"  # of a mask: the size class would be the box's
+    if (
+        iou_type != "segm"
+    ):  # masks beside boxes only take time; alone they are where boxes come from
+        unused = "segmentation" if any("bbox" in d for d in detections[:1]) else ""
+    own = [{k: v for k, v in d.items() if k != unused} for d in detections]  # they get areas, ids
+    return (BACKENDS[backend] if own else _pycocotools)(truth, own, iou_type)
+
+
 def _pycocotools(truth: COCO, detections: list[dict[str, Any]], iou_type: str) -> Any:
     own = _copy(truth)
     found = own.loadRes(detections) if detections else _copy(truth, annotations=[])
@@ -122,12 +149,8 @@ def _hotcoco(truth: COCO, detections: list[dict[str, Any]], iou_type: str) -> An
 
 def _copy(truth: COCO, annotations: list[dict[str, Any]] | None = None) -> COCO:
     """Return the truth with annotations of its own: judging masks rewrites them in place."""
-    copy = COCO()
     kept = truth.dataset["annotations"] if annotations is None else annotations
-    copy.dataset = truth.dataset | {"annotations": [dict(a) for a in kept]}
-    with contextlib.redirect_stdout(io.StringIO()):
-        copy.createIndex()
-    return copy
+    return indexed(truth.dataset | {"annotations": [dict(a) for a in kept]})
 
 
 BACKENDS = {"pycocotools": _pycocotools, "faster": _faster, "hotcoco": _hotcoco}

@@ -26,10 +26,11 @@ from core.results import ResultRow, append_rows, read_rows
 from detection import catalogue, signals
 from detection.checkpointer import Checkpointer, SaveHook, bare, restore
 from detection.coco_backends import Evaluation
-from detection.evaluation import as_metrics, evaluate_model, result_rows, table
+from detection.evaluation import evaluate_model
 from detection.job import RUN_FILE, Job, Request, prepare
 from detection.loader import EndlessBatches, training_records
 from detection.logs import is_terminal, logging_to, say, trim_metrics
+from detection.scores import as_metrics, result_rows, table
 from detection.trainer import NotFiniteError, Trainer, add_hooks, build, seed_torch
 from detection.weights import load_into, read_weights
 

@@ -18,6 +18,7 @@ import pytest
 
 from core.shapes_coco import write_coco
 from tests import fake_slurm
+from tests.coco_cases import random_case, write_run
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_RUN = "data.workers 0 data.limit 40 loop.batch_size 20 loop.log_every 1 loop.amp none"
@@ -125,6 +126,19 @@ TOY: dict[str, tuple[dict[str, str], str]] = {
         {"--nodes 2 --gpus 8": "--gpus 0 --logs {runs}/slurm", "runs/x": "{runs}/x"},
         f"arch resnet18 {TINY_NPZ} {TINY_CTC} {TINY_RUN}",
     ),
+    "tools/evaluate.py --results coco_instances_results.json --annotations instances_val.json": (
+        {
+            "coco_instances_results.json": (
+                "{runs}/detection_any/inference/coco_instances_results.json"
+            ),
+            "instances_val.json": "{json}",
+        },
+        "--output {runs}/evaluated",
+    ),
+    "tools/compare.py runs/quickstart": (
+        {"runs/quickstart": "{pair}"},
+        "--resamples 100",
+    ),
     "tools/make_report.py runs/quickstart": ({"runs/quickstart": "{runs}/quickstart"}, ""),
 }
 
@@ -151,8 +165,12 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory, tiny_npz: Path) -> dict[
     slurm = folder / "slurm"  # stand-ins for its commands, which run the jobs here
     slurm.mkdir()
     fake_slurm.write_commands(slurm)
+    _, detections = random_case(folder, 0)
+    for init, found in (("ce", detections[::2]), ("ctc", detections)):
+        write_run(folder / "pair" / init, folder / "random0.json", found, init, 1)
     return {
         "runs": str(folder / "runs"),
+        "pair": str(folder / "pair"),
         "npz": str(tiny_npz),
         "folder": str(folder / "folder"),
         "json": str(coco.json),

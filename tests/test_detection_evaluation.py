@@ -1,17 +1,23 @@
 """Judging detections: hand-made cases whose AP is known."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from pycocotools import mask as coco_mask
 
 from core.errors import InputError
-from detection import evaluation
+from core.results import read_rows
+from detection import saved
 from detection.coco_backends import MODULES, choose, evaluate, read_truth
+from detection.scores import result_rows
+from tests.coco_cases import random_case
 from tests.detection_tiny import write_pair
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -40,9 +46,7 @@ def test_perfect_detections_have_an_ap_of_100(truth_file: Path, task: str) -> No
     assert [found.stats[m] for m in ("AP", "AP50", "AP75", "APs")] == pytest.approx([1.0] * 4)
     assert found.stats["APl"] is None  # no large object: undefined, which is not 0
     assert found.per_class == pytest.approx({"square": 1.0, "bar": 1.0})
-    rows = evaluation.result_rows(
-        [found], protocol="p", dataset="d", split="val", init="ce", seed=0
-    )
+    rows = result_rows([found], protocol="p", dataset="d", split="val", init="ce", seed=0)
     by_metric = {row.metric: row for row in rows}
     assert by_metric[f"{task}/AP"].value == pytest.approx(100.0)
     assert (by_metric[f"{task}/APl"].value, by_metric[f"{task}/AP"].unit) == (None, "%")
@@ -84,25 +88,67 @@ def test_the_size_class_of_a_mask_is_its_own_not_its_box_es(tmp_path: Path) -> N
     assert evaluate(truth, _perfect(truth), "segm").stats["APs"] == pytest.approx(1.0)
 
 
-def test_saved_detections_are_judged_alone(truth_file: Path, tmp_path: Path) -> None:
-    saved = tmp_path / "coco_instances_results.json"
-    saved.write_text(json.dumps(_perfect(read_truth(truth_file))))
-    found = evaluation.evaluate_saved(truth_file, saved, "pycocotools", tmp_path)
+def test_saved_detections_are_judged_and_recorded_alone(truth_file: Path, tmp_path: Path) -> None:
+    file = tmp_path / "coco_instances_results.json"
+    file.write_text(json.dumps(_perfect(read_truth(truth_file))))
+    found = saved.evaluate_saved(truth_file, file, "pycocotools")
     assert [e.iou_type for e in found] == ["bbox", "segm"]
+    rows = saved.record(found, tmp_path, protocol="p", dataset="d", init="ce", seed=0)
     metrics = json.loads((tmp_path / "coco_metrics.json").read_text())
     assert metrics["segm"]["stats"]["AP"] == pytest.approx(100.0)
+    assert metrics["segm"]["per_class"] == pytest.approx({"square": 100.0, "bar": 100.0})
     assert len(metrics["bbox"]["precision"]["0.5"]) == len(metrics["bbox"]["recall"]) == 101
+    assert {row.metric for row in read_rows(rows)} >= {"bbox/AP", "segm/AP75"}
+
+
+RLE = {"size": [48, 64], "counts": "PP1"}
+GOOD = {"image_id": 1, "category_id": 3, "score": 0.5, "bbox": [1, 2, 3, 4], "segmentation": RLE}
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["{}", "nonsense", '[{"image_id": 1}]', '[{"image_id": 99, "category_id": 3, "score": 1}]'],
+    ("text", "said"),
+    [
+        ("", "not JSON"),
+        ("{}", "not a list"),
+        ("nonsense", "not JSON"),
+        ("[3]", "detection 1 is not an object"),
+        (json.dumps([{"image_id": 1}]), "has no category_id"),
+        (json.dumps([GOOD, GOOD | {"image_id": 99}]), "detection 2 has image_id 99"),
+        (json.dumps([GOOD | {"image_id": [1]}]), r"image_id \[1\]"),
+        (json.dumps([GOOD | {"category_id": 4}]), "category_id 4"),
+        (json.dumps([GOOD | {"score": float("nan")}]), "score nan, not a finite number"),
+        (json.dumps([GOOD | {"score": "high"}]), "score 'high'"),
+        (json.dumps([GOOD | {"bbox": [1, 2, 3]}]), r"bbox \[1, 2, 3\], not \[x, y"),
+        (json.dumps([GOOD | {"segmentation": [[1, 2, 3, 4, 5, 6]]}]), "not compressed RLE"),
+        (json.dumps([GOOD | {"segmentation": RLE | {"size": [64, 48]}}]), r"size \[64, 48\], but"),
+        (json.dumps([{"image_id": 1, "category_id": 3, "score": 1}]), "neither a bbox nor"),
+    ],
 )
-def test_a_file_of_no_detections_is_refused(truth_file: Path, tmp_path: Path, text: str) -> None:
-    saved = tmp_path / "results.json"
-    saved.write_text(text)
-    with pytest.raises(InputError, match=r"results\.json"):
-        evaluation.evaluate_saved(truth_file, saved, "pycocotools")
+def test_damaged_detections_are_refused_in_one_sentence(
+    truth_file: Path, tmp_path: Path, text: str, said: str
+) -> None:
+    file = tmp_path / "results.json"
+    file.write_text(text)
+    with pytest.raises(InputError, match=rf"results\.json.*{said}"):
+        saved.evaluate_saved(truth_file, file, "pycocotools")
+    file.write_text(json.dumps([GOOD]))
+    assert len(saved.evaluate_saved(truth_file, file, "pycocotools")) == 2
+
+
+def test_the_tool_prints_the_table_and_refuses_with_status_2(
+    truth_file: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(_perfect(read_truth(truth_file))))
+    command = [sys.executable, "tools/evaluate.py", "--results", str(file), "--against", str(file)]
+    command += ["--annotations", str(truth_file), "--resamples", "100"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for word in ("AP75", "100.00", "segm/AP50"):
+        assert word in done.stdout
+    command += ["--resamples", "3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
 @pytest.mark.parametrize("backend", ["pycocotools", "faster", "hotcoco"])
@@ -117,44 +163,6 @@ def test_the_recorded_numbers_of_real_detections(shared_data: Path, backend: str
         assert found == pytest.approx(pair["stats"], abs=1e-10)
 
 
-def _random_case(folder: Path, seed: int) -> tuple[Any, list[dict[str, Any]]]:
-    """Objects and detections: crowds, tied scores, images without either, undetected classes."""
-    generator = np.random.default_rng(seed)
-    content: dict[str, Any] = {"images": [], "annotations": [], "categories": []}
-    content["categories"] = [{"id": k, "name": f"class {k}"} for k in (2, 3, 9)]
-    detections = []
-    for image_id in range(1, 21):
-        content["images"].append(
-            {"id": image_id, "file_name": "x.png", "height": 200, "width": 200}
-        )
-        for _ in range(generator.integers(0, 7)):
-            x, y = generator.integers(0, 100, 2)
-            w, h = generator.integers(4, 100, 2)
-            crowd = int(generator.random() < 0.2)
-            box = [int(v) for v in (x, y, w, h)]
-            mask = np.zeros((200, 200, 1), np.uint8, order="F")
-            mask[y : y + h, x : x + w] = 1
-            rle = coco_mask.encode(mask)[0]
-            rle["counts"] = rle["counts"].decode()
-            polygon = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-            common = {"image_id": image_id, "category_id": int(generator.choice([2, 3, 9]))}
-            annotation = {"id": len(content["annotations"]) + 1, "iscrowd": crowd, "bbox": box}
-            annotation |= {"area": int(w * h)}
-            annotation["segmentation"] = rle if crowd else [[int(v) for v in polygon[0]]]
-            content["annotations"].append(common | annotation)
-            for _ in range(generator.integers(0, 4)):
-                shift = generator.integers(-6, 7, 2)
-                moved = [max(0, box[0] + int(shift[0])), max(0, box[1] + int(shift[1])), *box[2:]]
-                score = float(generator.choice([0.25, 0.5, 0.75, generator.random()]))
-                if common["category_id"] != 9:
-                    detections.append(
-                        common | {"bbox": moved, "segmentation": dict(rle), "score": score}
-                    )
-    path = folder / f"random{seed}.json"
-    path.write_text(json.dumps(content))
-    return read_truth(path), detections
-
-
 @pytest.mark.parametrize("backend", ["faster", "hotcoco"])
 @pytest.mark.parametrize("task", ["bbox", "segm"])
 def test_fast_backends_agree_with_the_one_of_record(
@@ -162,7 +170,7 @@ def test_fast_backends_agree_with_the_one_of_record(
 ) -> None:
     pytest.importorskip(MODULES[backend])
     for seed in range(3):
-        truth, detections = _random_case(tmp_path, seed)
+        truth, detections = random_case(tmp_path, seed)
         record = evaluate(truth, detections, task)
         fast = evaluate(truth, detections, task, backend)
         assert fast.stats == pytest.approx(record.stats, abs=1e-10)

@@ -1,0 +1,205 @@
+"""Differences between initialisations with their intervals, from what detection runs have saved."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools.coco import COCO
+from tabulate import tabulate
+
+from core.errors import InputError
+from core.results import ResultRow, append_rows, latest, read_rows
+from detection.bootstrap import (
+    LEVEL,
+    Array,
+    Comparison,
+    average_precisions,
+    compare,
+    draws,
+    match,
+)
+from detection.saved import RESULTS_FILE, ROWS_FILE, open_truth, read_detections, tasks_of
+
+INTERVALS_FILE, DATASET_FILE = "bootstrap.jsonl", "dataset.json"
+SET_ASIDE = re.compile(r"\.old\d+$")  # a folder that the suite has set aside
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """The command line of ``tools/compare.py``."""
+
+    runs: Sequence[str]
+    baseline: str = "ce"
+    resamples: int = 1000
+    seed: int = 0
+    output: str = ""  # folder of bootstrap.jsonl; "": the first of the runs
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One detection run: its newest row, the annotations it was judged on, its detections."""
+
+    row: ResultRow
+    annotations: Path
+    detections: Path
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """Return what two trials must share to be compared."""
+        row = self.row
+        return row.protocol, row.dataset, row.split, row.selection, row.config, self.annotations
+
+
+def compare_runs(request: Request) -> list[ResultRow]:
+    """Compare every initialisation with the baseline, write ``bootstrap.jsonl``, return its rows.
+
+    Raises:
+        InputError: no such folder, nothing to compare in it, or damaged files (named).
+    """
+    _check(request.resamples, request.seed)
+    trials = [trial for folder in request.runs for trial in find_trials(Path(folder))]
+    places: dict[tuple[Any, ...], list[Trial]] = {}
+    for trial in trials:
+        places.setdefault(trial.place, []).append(trial)
+    rows = [row for group in places.values() for row in _compare_place(group, request)]
+    if not rows:
+        inits = ", ".join(sorted({trial.row.init for trial in trials})) or "none"
+        raise InputError(
+            f"nothing to compare with {request.baseline!r} in {', '.join(request.runs)}: needed "
+            "are two initialisations with a common seed, protocol and config, and their saved "
+            f"detections; there are detections of {inits}"
+        )
+    append_rows(Path(request.output or request.runs[0]) / INTERVALS_FILE, rows)
+    return rows
+
+
+def compare_files(
+    truth: COCO,
+    ours: Sequence[dict[str, Any]],
+    baseline: Sequence[dict[str, Any]],
+    resamples: int,
+    seed: int,
+) -> dict[str, Comparison]:
+    """Compare two lists of detections; return Δ per ``bbox/AP`` … of the tasks that both have."""
+    _check(resamples, seed)
+    generator = np.random.default_rng(seed)
+    times = draws(len(truth.imgs), resamples, generator)
+    found = {}
+    for task in tasks_of([*ours, *baseline]):
+        sides = [average_precisions(match(truth, side, task), times) for side in (ours, baseline)]
+        for metric, comparison in compare(sides[:1], sides[1:], generator).items():
+            found[f"{task}/{metric}"] = comparison
+    return found
+
+
+def find_trials(folder: Path) -> Iterator[Trial]:
+    """Yield the detection runs in or below a folder that keep rows and detections.
+
+    Left out are set-aside runs (``*.old1``) and data that other rules than COCO's judge.
+    """
+    if not folder.is_dir():
+        raise InputError(f"run folder {folder} does not exist")
+    for path in sorted(folder.rglob(RESULTS_FILE)):
+        run = path.parent.parent if path.parent.name == "inference" else path.parent
+        aside = any(SET_ASIDE.search(part) for part in path.relative_to(folder).parts)
+        if aside or not (run / ROWS_FILE).is_file() or not (run / DATASET_FILE).is_file():
+            continue
+        try:
+            dataset = json.loads((run / DATASET_FILE).read_text(encoding="utf-8"))
+            annotations, kind = Path(dataset["json"]), dataset.get("kind", "coco")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{run / DATASET_FILE} does not say where the json is") from None
+        rows = [row for row in latest(read_rows(run / ROWS_FILE)) if row.step == "detection"]
+        if rows and kind == "coco":
+            yield Trial(max(rows, key=lambda row: row.time), annotations, path)
+
+
+def table(found: dict[tuple[str, ...], Comparison]) -> str:
+    """Return differences as text: name…, Δ, interval, and whether it leaves 0 out."""
+    lines = [
+        [
+            *names,
+            _signed(c.delta),
+            f"{_signed(c.low)} … {_signed(c.high)}",
+            "yes" if c.real else "no",
+        ]
+        for names, c in found.items()
+    ]
+    names = ["initialisation", "metric"][-len(next(iter(found))) :]
+    heads = [*names, "Δ", f"{100 * LEVEL:g}% interval", "0 outside"]
+    aligned = [*["left"] * len(names), *["right"] * 3]
+    return tabulate(lines, heads, disable_numparse=True, colalign=aligned)
+
+
+def as_comparison(row: ResultRow) -> Comparison:
+    """Return what a row of ``bootstrap.jsonl`` says."""
+    return Comparison(row.value, *row.details["interval"])
+
+
+def _compare_place(group: list[Trial], request: Request) -> Iterator[ResultRow]:
+    """Compare the initialisations of one protocol and data; all share the draws."""
+    newest: dict[tuple[str, int | None], dict[int, Trial]] = {}
+    for trial in sorted(group, key=lambda trial: trial.row.time):
+        newest.setdefault((trial.row.init, trial.row.epoch), {})[trial.row.seed] = trial
+    bases = [trials for (init, _), trials in newest.items() if init == request.baseline]
+    others = {key: trials for key, trials in newest.items() if key[0] != request.baseline}
+    if not bases or not any(trials.keys() & bases[-1].keys() for trials in others.values()):
+        return
+    truth = open_truth(group[0].annotations)
+    generator = np.random.default_rng(request.seed)
+    times = draws(len(truth.imgs), request.resamples, generator)
+    base = {seed: _precisions(trial, truth, times) for seed, trial in bases[-1].items()}
+    for trials in others.values():
+        seeds = sorted(trials.keys() & base.keys())
+        if not seeds:
+            continue
+        ours = [_precisions(trials[seed], truth, times) for seed in seeds]
+        theirs = [base[seed] for seed in seeds]
+        for task in ours[0]:
+            if not all(task in side for side in (*ours, *theirs)):
+                continue
+            sides = [side[task] for side in ours], [side[task] for side in theirs]
+            for metric, comparison in compare(*sides, generator).items():
+                yield _row(trials[seeds[0]].row, f"{task}/{metric}", comparison, seeds, request)
+
+
+def _precisions(trial: Trial, truth: COCO, times: Array) -> dict[str, Array]:
+    detections = read_detections(trial.detections, truth)
+    return {
+        task: average_precisions(match(truth, detections, task), times)
+        for task in tasks_of(detections)
+    }
+
+
+def _row(
+    like: ResultRow, metric: str, found: Comparison, seeds: list[int], request: Request
+) -> ResultRow:
+    details = {
+        "compared": metric,
+        "baseline": request.baseline,
+        "interval": [found.low, found.high],
+        "level": LEVEL,
+        "resamples": request.resamples,
+        "seeds": seeds,
+    }
+    return ResultRow(
+        step="detection", protocol=like.protocol, dataset=like.dataset, split=like.split,
+        metric=f"{metric} minus {request.baseline}", value=found.delta, unit="%", init=like.init,
+        seed=request.seed, epoch=like.epoch, selection=like.selection, config=like.config,
+        details=details,
+    )  # fmt: skip
+
+
+def _check(resamples: int, seed: int) -> None:
+    if resamples < 100:
+        raise InputError(f"--resamples {resamples}: an interval needs 100 draws or more")
+    if seed < 0:
+        raise InputError(f"--seed {seed}: the seed of the draws must be 0 or more")
+
+
+def _signed(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.2f}".replace("-", "−")
