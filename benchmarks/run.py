@@ -29,6 +29,8 @@ BENCHMARKS = {  # name: module, function → (baseline seconds, our seconds, fur
     "ctc-step": ("ctc", "whole_step"),
     "bank-dtype": ("ctc", "bank_dtype"),
     "linear-probe": ("linear_probe", "measure"),
+    "coco-eval-bbox": ("coco_eval", "bbox"),
+    "coco-eval-segm": ("coco_eval", "segm"),
     "mine": ("mine", "mine"),
     "mine-fp32": ("mine", "mine_fp32"),
 }
