@@ -172,10 +172,23 @@ def to_csv(tables: list[Table]) -> str:
     return buffer.getvalue()
 
 
+def to_wide_csv(table: Table) -> str:
+    """Return one table as a CSV with a line per initialisation, mean and std of each column."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    heads = [f"{column}{more}" for column in table.columns for more in ("", " std")]
+    writer.writerow(["initialisation", "label", *heads, "trials"])
+    for line in table.lines:
+        cells = [line.cells[column] for column in table.columns]
+        values = [_csv(value) for cell in cells for value in (cell.mean, cell.std)]
+        writer.writerow([line.init, line.label, *values, len(line.seeds)])
+    return buffer.getvalue()
+
+
 def write(tables: list[Table], format: str) -> str:
     """Return all tables as "markdown", "latex" or "csv"."""
     if format == "csv":
-        return to_csv(tables)
+        return to_csv([table for table in tables if not table.name])
     one = {"markdown": to_markdown, "latex": to_latex}[format]
     return "\n".join(map(one, tables))
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from report import formats
 from report.figures import Style, curves_figure, inline_svg, save_figure, styles, trials_figure
 from report.gallery import draw_gallery
+from report.overview import overviews
 from report.runs import Run
 from report.sections import CurveGroup, class_tables, curve_groups, provenance, published_elsewhere
 from report.tables import Options, Table, build_tables, heading, short_code
@@ -34,6 +35,8 @@ class Page:
 def write_report(runs: Sequence[Run], folder: str | Path, page: Page) -> list[Table]:
     """Write table.{md,tex,csv}, report.html and figures/ into ``folder``; return the tables.
 
+    Overviews, where there are several tables to join, come first and have CSV files of their own.
+
     Args:
         runs: as ``report.runs.find_runs`` gives them.
     """
@@ -41,17 +44,23 @@ def write_report(runs: Sequence[Run], folder: str | Path, page: Page) -> list[Ta
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row for run in runs for row in run.rows]
     tables = build_tables(rows, page.options)
+    tables = [*overviews(tables, page.options), *tables]
     write_tables(tables, folder)
     (folder / "report.html").write_text(render(runs, tables, folder, page), encoding="utf-8")
     return tables
 
 
 def write_tables(tables: Sequence[Table], folder: Path) -> None:
-    """Write table.md, table.tex and table.csv."""
+    """Write table.md, table.tex and table.csv; overviews, which repeat, have a CSV of their own."""
     markdown = "\n".join(map(formats.to_markdown, tables))
     (folder / "table.md").write_text(markdown, encoding="utf-8")
     (folder / "table.tex").write_text("\n".join(map(formats.to_latex, tables)), encoding="utf-8")
-    (folder / "table.csv").write_text(formats.to_csv(list(tables)), encoding="utf-8")
+    single = [table for table in tables if not table.name]
+    (folder / "table.csv").write_text(formats.to_csv(single), encoding="utf-8")
+    joined = [table for table in tables if table.name]
+    for number, table in enumerate(joined, 1):
+        name = "overview.csv" if number == 1 else f"overview{number}.csv"
+        (folder / name).write_text(formats.to_wide_csv(table), encoding="utf-8")
 
 
 def render(runs: Sequence[Run], tables: Sequence[Table], folder: Path, page: Page) -> str:
@@ -68,6 +77,7 @@ def render(runs: Sequence[Run], tables: Sequence[Table], folder: Path, page: Pag
         undefined=jinja2.StrictUndefined,
     )
     environment.globals.update(formats=formats, heading=html_heading, short_code=short_code)
+    single = [table for table in tables if not table.name]
     now = datetime.datetime.now(datetime.UTC)
     codes = sorted({row.code for run in runs for row in run.rows})
     return environment.get_template("report.html.j2").render(
@@ -79,8 +89,8 @@ def render(runs: Sequence[Run], tables: Sequence[Table], folder: Path, page: Pag
         curves=_drawn(curve_groups(runs), style, labels, keep),
         provenance=provenance(runs, labels),
         configs=[(f"{r.path.parent.name}/{r.path.name}", r.config) for r in runs if r.config],
-        classes=class_tables(runs, tables, labels),
-        published=published_elsewhere(tables, page.options.references),
+        classes=class_tables(runs, single, labels),
+        published=published_elsewhere(single, page.options.references),
     )
 
 

@@ -87,16 +87,24 @@ class Table:
     footnotes: tuple[str, ...]
     notes: tuple[str, ...]
     baseline: str
+    name: str = ""  # of an overview, which joins tables of several protocols
 
     @property
     def title(self) -> str:
         """Return the protocol and the data in words."""
+        if self.name:
+            return self.name
         what = self.protocol or "source task after pretraining"
         return f"{what} on {self.dataset} ({self.split})"
 
     @property
     def delta_columns(self) -> tuple[str, ...]:
-        """Return the metrics that get a Δ column of their own: the APs, or else all."""
+        """Return the metrics that get a Δ column of their own: the APs, or else all.
+
+        An overview has no room for them.
+        """
+        if self.name:
+            return ()
         main = tuple(column for column in self.columns if column.endswith("/AP"))
         return main or self.columns
 
