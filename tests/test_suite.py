@@ -203,6 +203,18 @@ def test_a_changed_recipe_is_named_and_only_what_depends_on_it_runs_again(bench:
     assert len(read_run(bench.root / "quick/ce-s1").rows) == 1
 
 
+def test_suites_that_share_a_folder_share_their_pretraining(bench: Bench):
+    bench.run()
+    bench.calls()
+    (bench.folder / "more.yaml").write_text("SOLVER: {BASE_LR: 0.01}\n")
+    other = bench.folder / "other.yaml"
+    other.write_text(
+        bench.config.read_text().replace("quick:", "more:").replace("quick.yaml", "more.yaml")
+    )
+    assert bench.run(config=str(other)) == 0
+    assert bench.tools_called() == ["train_net random-s1", "train_net ce-s1"]
+
+
 def test_a_changed_base_config_of_the_protocol_is_noticed(bench: Bench):
     bench.run()
     bench.calls()
