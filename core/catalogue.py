@@ -7,7 +7,7 @@ from pathlib import Path
 
 from core import shapes
 from core.errors import InputError
-from core.readers import listed, plain, torchvision_sets
+from core.readers import listed, plain, shards, torchvision_sets
 from core.source import Request, Source
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -193,6 +193,12 @@ DATASETS: dict[str, DatasetInfo] = {
         read=plain.read_folder,
         how="lay it out as {root}/{{train,val,test}}/CLASS/*.jpg, or as {root}/CLASS/*.jpg",
         find_splits=plain.folder_splits,
+    ),
+    "shards": DatasetInfo(
+        read=shards.read_shards,
+        how="lay it out as {root}/{{train,val,test}}/*.tar of KEY.jpg with KEY.cls or KEY.json, as "
+        "webdataset and tools/make_shards.py write them",
+        find_splits=shards.shard_splits,
     ),
     "npz": DatasetInfo(
         read=plain.read_npz,

@@ -18,7 +18,9 @@ from core.catalogue import DatasetInfo, look_up
 from core.config import ROOT
 from core.errors import InputError
 from core.loaders import evaluation_loader as evaluation_loader
+from core.loaders import to_device as to_device
 from core.loaders import training_loader as training_loader
+from core.readers import shards
 from core.sampler import EpochSampler as EpochSampler
 from core.seeds import mixed_array, torch_seeded
 from core.source import Request, Source, balanced_positions
@@ -112,6 +114,7 @@ def open_dataset(cfg: DataConfig, split: str, train: bool = False, seed: int = 0
     _check(cfg)
     root = locate(cfg)
     available = splits_of(cfg)
+    info = _stored(cfg, info, root)
     held_out = cfg.val_fraction > 0 and "val" not in available and split in ("train", "val")
     official = "train" if held_out else split
     if official not in available:
@@ -148,7 +151,8 @@ def splits_of(cfg: DataConfig) -> list[str]:
     if info.find_splits is None:
         return [split for split in SPLITS if split in info.counts]
     root = locate(cfg)
-    found = info.find_splits(root)
+    find = _stored(cfg, info, root).find_splits
+    found = find(root) if find else []
     if not found:
         raise InputError(f"{root} holds no data; {_how(info, root)}")
     return found
@@ -205,6 +209,23 @@ def data_name(cfg: DataConfig) -> str:
     if look_up(cfg.name).find_splits is None:
         return cfg.name + ("_partial" if cfg.partial else "")
     return locate(cfg).resolve().stem
+
+
+def _stored(cfg: DataConfig, info: DatasetInfo, root: Path) -> DatasetInfo:
+    """Return a data set's entry with the reader of shards, where that is how it lies at ``root``.
+
+    Raises:
+        InputError: they are another data set's.
+    """
+    packed = {} if info.drawn or not root.is_dir() else shards.about(root)
+    if not packed:
+        return info
+    named = packed.get("dataset", cfg.name)
+    if info.find_splits is None and named != cfg.name:
+        raise InputError(f"{root} holds shards of {named}: set data.name {named}, not {cfg.name}")
+    shape = DATASETS["shards"]
+    find = shape.find_splits if info.find_splits else None
+    return dataclasses.replace(info, read=shape.read, how=shape.how, find_splits=find)
 
 
 def _check_layout(

@@ -190,6 +190,8 @@ def dataset_signature(dataset: IndexedDataset) -> str:
     if isinstance(source.images, Tensor):
         digest.update(f"{tuple(source.images.shape)}".encode())
         digest.update(_bytes(source.images))
+    elif not isinstance(source.images, list):
+        digest.update(source.images.signature())
     else:
         for path in source.images:
             try:

@@ -78,6 +78,14 @@ def evaluation_loader(
     return Loader(dataset, workers, batch_size=batch_size, sampler=sampler)
 
 
+def to_device(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Copy a batch to the device; from pinned memory that goes on while the device computes.
+
+    Images travel as uint8, a quarter of the bytes, and are normalised there.
+    """
+    return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
+
+
 class _Careful(Dataset[Any]):
     """Return an ``InputError`` instead of raising it: a worker would bury it in a traceback."""
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from core import amp, dist, resume
-from core.datasets import EpochSampler, IndexedDataset, normalise, training_loader
+from core.datasets import EpochSampler, IndexedDataset, normalise, to_device, training_loader
 from core.errors import InputError, NonFiniteLoss, Stopped
 from core.progress import Progress
 from core.resume import Position
@@ -139,8 +139,9 @@ def train(
             sampler.set_epoch(position.epoch, position.step)
             for images, labels, index in loader:
                 lr = learning_rate(stage, epoch, position.step / steps)
-                inputs = normalise(images.to(device), dataset.mean, dataset.std)
-                losses = trainer.step(inputs, labels.to(device), index.to(device), lr, position)
+                images, labels, index = to_device(device, images, labels, index)
+                inputs = normalise(images, dataset.mean, dataset.std)
+                losses = trainer.step(inputs, labels, index, lr, position)
                 watch.push(position.iteration, losses)
                 if position.iteration % config.log_every == 0 or position.step == steps:
                     figures = watch.means() | {"images_per_second": bar.rate() * config.batch_size}

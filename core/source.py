@@ -8,6 +8,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
@@ -29,11 +30,33 @@ class Request:
     limit: int  # how many images will be used, 0 for all; only a hint to draw no more
 
 
+class Encoded(Protocol):
+    """N images in a storage format of their own (``core.readers.shards``)."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, positions: Tensor) -> "Encoded":
+        """Return the images at ``positions``, in that order."""
+        ...
+
+    def joined(self, other: Any) -> "Encoded":
+        """Return these images and then those of another in the same format."""
+        ...
+
+    def decode(self, position: int) -> Tensor:
+        """Return an image, 3×H×W uint8 RGB; ``InputError`` names one that does not decode."""
+        ...
+
+    def signature(self) -> bytes:
+        """Return what the images' bytes and order are known by."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """Labels at once, images one by one."""
 
-    images: Tensor | list[Path]  # N×3×H×W uint8, or N files
+    images: Tensor | list[Path] | Encoded  # N×3×H×W uint8, or N files, or N in a format
     labels: Tensor  # N int64 in 0..K-1; or N×K of 1, 0 and −1 (not to be judged): several an image
     classes: list[str]
     where: str  # the file or folder that holds them, for error sentences
@@ -43,11 +66,26 @@ class Source:
 
     def subset(self, positions: Tensor) -> "Source":
         """Return the images at ``positions``, in that order."""
+        images: Tensor | list[Path] | Encoded
         if isinstance(self.images, Tensor):
-            images: Tensor | list[Path] = self.images[positions]
-        else:
+            images = self.images[positions]
+        elif isinstance(self.images, list):
             images = [self.images[i] for i in positions.tolist()]
+        else:
+            images = self.images.take(positions)
         return dataclasses.replace(self, images=images, labels=self.labels[positions])
+
+    def joined(self, other: "Source") -> "Source":
+        """Return these images and then those of another part of the same data set."""
+        images: Any
+        if isinstance(self.images, Tensor):
+            images = torch.cat([self.images, other.images])  # type: ignore[list-item]
+        elif isinstance(self.images, list):
+            images = [*self.images, *other.images]  # type: ignore[misc]
+        else:
+            images = self.images.joined(other.images)
+        labels = torch.cat([self.labels, other.labels])
+        return dataclasses.replace(self, images=images, labels=labels)
 
     def decode(self, position: int) -> Tensor:
         """Return image ``position`` as stored, 3×H×W uint8 RGB.
@@ -57,7 +95,9 @@ class Source:
         """
         if isinstance(self.images, Tensor):
             return self.images[position]
-        return read_image(self.images[position])
+        if isinstance(self.images, list):
+            return read_image(self.images[position])
+        return self.images.decode(position)
 
 
 def read_image(path: str | Path) -> Tensor:
@@ -66,14 +106,19 @@ def read_image(path: str | Path) -> Tensor:
     Raises:
         InputError: missing, truncated or not an image.
     """
+    return decode_image(path, str(path))
+
+
+def decode_image(file: str | Path | IO[bytes], name: str) -> Tensor:
+    """Decode an image file, named or open, as ``read_image``; ``name`` is its name in sentences."""
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             pixels = np.array(image.convert("RGB"))
     except FileNotFoundError:
-        raise InputError(f"image {path} does not exist") from None
+        raise InputError(f"image {name} does not exist") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = str(error).split("\n")[0]
-        raise InputError(f"image {path} does not decode ({reason}); replace or remove it") from None
+        raise InputError(f"image {name} does not decode ({reason}); replace or remove it") from None
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 

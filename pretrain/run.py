@@ -21,6 +21,7 @@ from core.datasets import (
     normalise,
     open_dataset,
     report_split,
+    to_device,
 )
 from core.errors import InputError
 from core.files import ENDING, sweep
@@ -55,6 +56,7 @@ class PretrainConfig:
     init: str = ""  # the initialisation's name in tables; "": the method
     method: str = "ce"  # ce, ctc, or random: only the initialisation is saved, as epoch 0
     arch: str = "resnet50"  # a key of core.resnet.ARCHITECTURES
+    zero_init_residual: bool = False  # every residual branch starts at zero (arXiv 1706.02677, 5.1)
     seed: int = 1  # of weights, order, augmentation, negatives
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     ce: CEConfig = dataclasses.field(default_factory=CEConfig)  # read when method is ce
@@ -138,6 +140,8 @@ def build_objective(config: PretrainConfig, dataset: IndexedDataset) -> Objectiv
     if dataset.labels.dim() != 1:
         raise InputError(f"{dataset.name} has several labels an image; pretraining needs one")
     model = create_model(config.arch, len(dataset.classes))
+    if config.zero_init_residual:
+        model.zero_init_residual()
     if config.method == "ctc":
         return CTC(model, dataset.labels, config.ctc, config.seed)
     ce = config.ce
@@ -175,9 +179,9 @@ def prepared(
     loader = evaluation_loader(
         dataset, config.loop.batch_size, config.data.workers, dist.rank(), dist.world_size()
     )
-    for images, labels, index in loader:
-        images = normalise(images.to(device), dataset.mean, dataset.std)
-        yield images, labels.to(device), index.to(device)
+    for batch in loader:
+        images, labels, index = to_device(device, *batch)
+        yield normalise(images, dataset.mean, dataset.std), labels, index
 
 
 def prepare_folder(folder: Path, config: PretrainConfig, resume_run: bool) -> bool:

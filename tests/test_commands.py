@@ -72,6 +72,15 @@ TOY: dict[str, tuple[dict[str, str], str]] = {
         {"runs/mine": "{runs}/mine", "/data/my_images": "{folder}"},
         f"{TINY_CTC} {TINY_RUN}",
     ),
+    "tools/make_shards.py /data/my_shards data.name folder data.root /data/my_images": (
+        {"/data/my_shards": "{runs}/my_shards", "/data/my_images": "{folder}"},
+        "images_per_shard 20",
+    ),
+    "tools/pretrain.sh ctc --output runs/sharded data.name folder data.root /data/my_shards "
+    "arch resnet18": (
+        {"runs/sharded": "{runs}/sharded", "/data/my_shards": "{runs}/my_shards"},
+        f"{TINY_CTC} {TINY_RUN}",
+    ),
     "tools/pretrain.sh ctc --output runs/mine --resume": ({"runs/mine": "{runs}/mine"}, ""),
     "tools/convert_to_d2.py --list-formats": ({}, ""),
     "tools/convert_to_d2.py ckpt.pth": (

@@ -70,12 +70,7 @@ def subset(dataset: IndexedDataset, positions: Tensor, cfg: DataConfig) -> Index
 
 def joined(first: IndexedDataset, second: IndexedDataset, cfg: DataConfig) -> IndexedDataset:
     """Return the images of both data sets, those of ``first`` first."""
-    a, b = first.source, second.source
-    if isinstance(a.images, Tensor) and isinstance(b.images, Tensor):
-        images: Any = torch.cat([a.images, b.images])
-    else:
-        images = [*a.images, *b.images]
-    source = dataclasses.replace(a, images=images, labels=torch.cat([a.labels, b.labels]))
+    source = first.source.joined(second.source)
     name = f"{first.split}+{second.split}"
     train = first.augmentation != "none"
     return IndexedDataset(source, cfg, first.name, name, train, first.seed)
