@@ -128,6 +128,21 @@ class ResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
+    def zero_init_residual(self) -> None:
+        """Start every residual branch at zero: the weight of its last BatchNorm becomes 0.
+
+        Each block is the identity at first, so that deep networks bear a high rate with a short
+        warm-up (arXiv 1706.02677, section 5.1). A pre-activation branch ends in a convolution,
+        which is what becomes 0 there.
+        """
+        for module in self.modules():
+            if isinstance(module, Bottleneck):
+                nn.init.zeros_(module.bn3.weight)
+            elif isinstance(module, BasicBlock):
+                nn.init.zeros_(module.bn2.weight)
+            elif isinstance(module, PreActivationBlock):
+                nn.init.zeros_(module.conv2.weight)
+
     def forward_stages(self, x: Tensor) -> dict[str, Tensor]:
         """Map N×3×S×S images to the maps after each stage, ``{"res2": N×C×h×w, …}``.
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torchvision
+from torch import nn
 
 from core.errors import InputError
-from core.resnet import ARCHITECTURES, create_model
+from core.resnet import ARCHITECTURES, BLOCKS, create_model
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnext50_32x4d"])
@@ -56,3 +57,15 @@ def test_the_number_of_backbone_tensors(arch: str, tensors: int) -> None:
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:
     with pytest.raises(InputError, match="'resnet50'"):
         create_model("resnet5O", 10)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "wrn_28_4"])
+def test_zero_init_residual_makes_every_block_the_identity(arch: str) -> None:
+    network = create_model(arch, 3)
+    blocks = [m for m in network.modules() if isinstance(m, tuple(BLOCKS.values()))]
+    block = next(b for b in reversed(blocks) if b.downsample is None)  # ends its stage
+    channels = next(c for c in block.modules() if isinstance(c, nn.Conv2d)).in_channels
+    x = torch.rand(2, channels, 4, 4)  # not negative, as what leaves a ReLU
+    assert not torch.equal(block(x), x)
+    network.zero_init_residual()
+    assert torch.equal(block(x), x)
