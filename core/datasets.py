@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -40,6 +41,7 @@ class DataConfig:
     root: str = ""  # folder or file; "": <name> under $TRANSFER_SUITE_DATA or datasets/
     image_size: int = 0  # side of the square that the network sees, pixels; 0: the data set's own
     augmentation: str = "crop_flip"  # a key of core.transforms.AUGMENTATIONS; training only
+    shuffle: str = "global"  # order of an epoch; "shards": one after the other, for slow disks
     workers: int = 0  # processes that decode and augment; 0: the training process does
     limit: int = 0  # images per split, equally many of each class; 0: all. For trials
     partial: bool = False  # accept fewer images or classes than the official ones; the name says so
@@ -61,6 +63,7 @@ class IndexedDataset(Dataset[Any]):
         classes: K names.
         split: the official split that the images come from ("train" where val is held out of it).
         mean, std: of RGB in 0..1, for ``normalise``.
+        blocks: N, the shard of each image where an epoch takes them shard by shard, else None.
         metric: how the field scores this data set: "top1", "mean_per_class", "voc07_map".
     """
 
@@ -74,6 +77,7 @@ class IndexedDataset(Dataset[Any]):
         self.resize_ratio = info.resize_ratio if cfg.resize_ratio < 0 else cfg.resize_ratio
         self.mean, self.std = _statistics(cfg, info)
         self.metric = info.metric
+        self.blocks = _blocks(source, cfg)
         self.augmentation = cfg.augmentation if train else "none"
         self._augment = AUGMENTATIONS[self.augmentation]
         several = self.labels.dim() > 1
@@ -259,6 +263,16 @@ def _check(cfg: DataConfig) -> None:
         raise InputError(f"data.val_fraction is {cfg.val_fraction}; it must lie in 0..1")
     if cfg.limit < 0:
         raise InputError(f"data.limit is {cfg.limit}; it must be 0 (all images) or more")
+
+
+def _blocks(source: Source, cfg: DataConfig) -> np.ndarray | None:
+    if cfg.shuffle == "global":
+        return None
+    if cfg.shuffle != "shards":
+        raise InputError(f"data.shuffle {cfg.shuffle!r} is not one of global, shards")
+    if isinstance(source.images, Tensor | list):
+        raise InputError(f"data.shuffle shards needs shards, but {source.where} has none")
+    return source.images.blocks()
 
 
 def _statistics(cfg: DataConfig, info: DatasetInfo) -> tuple[Colour, Colour]:

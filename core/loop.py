@@ -123,9 +123,8 @@ def train(
     trainer = Trainer(objective, config, run_dir, seed, device, fingerprint)
     position = trainer.restore() if resume_run else trainer.begin(hooks)
     total_epochs = sum(stage.epochs for stage in trainer.stages)
-    sampler = EpochSampler(
-        len(dataset), config.batch_size, seed=seed, rank=dist.rank(), world=dist.world_size()
-    )
+    ranks = (dist.rank(), dist.world_size())
+    sampler = EpochSampler(len(dataset), config.batch_size, seed, *ranks, dataset.blocks)
     loader = training_loader(dataset, sampler, workers=workers)
     steps = sampler.steps_per_epoch
     log = resume.RunLog(run_dir / "log.jsonl", position.iteration)

@@ -20,6 +20,7 @@ from core.errors import InputError
 from core.files import atomic_file
 from core.progress import Progress
 from core.readers import shards
+from core.seeds import shuffled
 from core.source import IMAGE_ENDINGS
 
 
@@ -29,6 +30,7 @@ class PackConfig:
 
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     images_per_shard: int = 1000  # about 100 MB of ImageNet's files
+    mixed: bool = False  # write in a fixed random order (other indices): for data.shuffle shards
 
 
 def pack(config: PackConfig, output: Path) -> dict[str, int]:
@@ -51,7 +53,7 @@ def pack(config: PackConfig, output: Path) -> dict[str, int]:
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".packing.") as temporary:
         content = Path(temporary) / "content"
         for split, dataset in datasets.items():
-            _write_split(dataset, content / split, config.images_per_shard)
+            _write_split(dataset, content / split, config)
         classes = next(iter(datasets.values())).classes
         with atomic_file(content / shards.ABOUT) as file:
             text = json.dumps({"dataset": config.data.name, "classes": classes}, indent=1)
@@ -62,8 +64,9 @@ def pack(config: PackConfig, output: Path) -> dict[str, int]:
     return {split: len(dataset) for split, dataset in datasets.items()}
 
 
-def _write_split(dataset: IndexedDataset, folder: Path, per_shard: int) -> None:
-    n = len(dataset)
+def _write_split(dataset: IndexedDataset, folder: Path, config: PackConfig) -> None:
+    n, per_shard = len(dataset), config.images_per_shard
+    order = shuffled(n, 0) if config.mixed else range(n)
     with Progress(n, f"pack {folder.name}") as bar:
         for number, first in enumerate(range(0, n, per_shard)):
             with (
@@ -71,7 +74,7 @@ def _write_split(dataset: IndexedDataset, folder: Path, per_shard: int) -> None:
                 tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
             ):
                 for position in range(first, min(first + per_shard, n)):
-                    for name, content in _sample(dataset, position):
+                    for name, content in _sample(dataset, int(order[position])):
                         info = tarfile.TarInfo(name)  # no time, no owner: the same bytes each time
                         info.size = len(content)
                         tar.addfile(info, io.BytesIO(content))

@@ -5,10 +5,11 @@ N images, B global batch size, W ranks.
 
 from collections.abc import Iterator
 
+import numpy as np
 from torch.utils.data import Sampler
 
 from core.errors import InputError
-from core.seeds import shuffled
+from core.seeds import shuffled, shuffled_in_blocks
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
@@ -18,13 +19,23 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     ranks; rank r has its r-th contiguous slice, so that gathering in rank order restores the
     order of one process. The last N mod B images of an epoch's order are left out of that epoch.
 
+    With ``blocks``, the block (shard) of each image, an epoch reads one block after the other.
+
     Use it as ``batch_sampler``; call ``set_epoch`` before each epoch's iteration.
 
     Raises:
         InputError: B is not divisible by the ranks, or larger than N.
     """
 
-    def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self,
+        n: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        blocks: np.ndarray | None = None,
+    ) -> None:
         if batch_size < 1 or batch_size % world:
             raise InputError(
                 f"batch size {batch_size} does not divide over {world} processes; "
@@ -37,7 +48,7 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} is not in 0..{world - 1}")
         self.n, self.batch_size, self.seed = n, batch_size, seed
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.blocks = rank, world, blocks
         self.epoch, self.start = 0, 0
         self.steps_per_epoch = n // batch_size
 
@@ -52,7 +63,11 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         return self.steps_per_epoch - self.start
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = shuffled(self.n, self.seed, self.epoch)
+        seed = (self.seed, self.epoch)
+        if self.blocks is None:
+            order = shuffled(self.n, *seed)
+        else:
+            order = shuffled_in_blocks(self.blocks, *seed)
         share = self.batch_size // self.world
         for step in range(self.start, self.steps_per_epoch):
             first = step * self.batch_size + self.rank * share

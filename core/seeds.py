@@ -39,6 +39,16 @@ def shuffled(n: int, *seed: int) -> np.ndarray:
     return np.argsort(mixed_array(seed, np.arange(n)), kind="stable")
 
 
+def shuffled_in_blocks(blocks: np.ndarray, *seed: int) -> np.ndarray:
+    """Return such a permutation in which a block's members stay together, itself in random order.
+
+    Args:
+        blocks: N, the block of each position.
+    """
+    order = shuffled(len(blocks), *seed)
+    return order[np.argsort(mixed_array((*seed, 1), blocks)[order], kind="stable")]
+
+
 @contextlib.contextmanager
 def torch_seeded(*numbers: int) -> Iterator[None]:
     """Run a block under torch's CPU generator seeded with ``numbers``; its state then returns.

@@ -47,6 +47,10 @@ class Encoded(Protocol):
         """Return an image, 3×H×W uint8 RGB; ``InputError`` names one that does not decode."""
         ...
 
+    def blocks(self) -> np.ndarray:
+        """Return the number of the file that each image lies in, N."""
+        ...
+
     def signature(self) -> bytes:
         """Return what the images' bytes and order are known by."""
         ...

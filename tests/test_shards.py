@@ -1,6 +1,7 @@
 """Shards: a storage format and nothing else, and one sentence for whatever is wrong with one."""
 
 import io
+import itertools
 import json
 import os
 import pickle
@@ -63,6 +64,44 @@ def packed(tmp_path: Path, tiny_npz: Path) -> Path:
     counts = pack(PackConfig(DataConfig("npz", str(tiny_npz)), images_per_shard=10), folder)
     assert counts == {"train": 48, "test": 24}
     return folder
+
+
+def test_an_epoch_may_read_one_shard_after_the_other(packed: Path, tiny_npz: Path) -> None:
+    keys = {"image_size": 16, "shuffle": "shards"}
+    data = open_dataset(DataConfig("npz", str(packed), **keys), "train")
+    orders = []
+    for epoch in range(2):
+        parts = []
+        for rank in range(2):
+            sampler = EpochSampler(48, 12, 1, rank, 2, data.blocks)
+            sampler.set_epoch(epoch)
+            parts.append([index for step in sampler for _, index in step])
+        order = [i for k in range(4) for part in parts for i in part[6 * k : 6 * k + 6]]
+        assert sorted(order) == list(range(48))
+        shards_in_turn = [int(data.blocks[i]) for i in order]
+        changes = sum(a != b for a, b in itertools.pairwise(shards_in_turn))
+        assert changes == 4  # of five shards, each read in one go
+        assert order[:10] != sorted(order[:10])
+        orders.append(order)
+    assert orders[0] != orders[1]
+    with pytest.raises(InputError, match=r"needs shards, but .*tiny\.npz has none"):
+        open_dataset(DataConfig("npz", str(tiny_npz), **keys), "train")
+    with pytest.raises(InputError, match="'blocks' is not one of global, shards"):
+        open_dataset(DataConfig("npz", str(packed), shuffle="blocks"), "train")
+
+
+def test_mixed_shards_hold_all_images_with_their_labels_in_a_random_order(
+    tmp_path: Path, packed: Path, tiny_npz: Path
+) -> None:
+    npz = DataConfig("npz", str(tiny_npz))
+    pack(PackConfig(npz, images_per_shard=10, mixed=True), tmp_path / "mixed")
+    ordered, mixed = (
+        open_dataset(DataConfig("npz", str(root), image_size=16), "train")
+        for root in (packed, tmp_path / "mixed")
+    )
+    contents = [[(i.numpy().tobytes(), k) for i, k, _ in data] for data in (ordered, mixed)]
+    assert contents[0] != contents[1]
+    assert sorted(contents[0]) == sorted(contents[1])
 
 
 def test_two_splits_join_as_the_sources_do(packed: Path, tiny_npz: Path) -> None:

@@ -94,6 +94,8 @@ class SteppedDataset(Dataset[Any]):
     is a function of (seed, pass through the data set, index), as always.
     """
 
+    blocks: None = None  # a stretch of the stream, not shards, is what is shuffled
+
     def __init__(
         self, dataset: IndexedDataset, steps: int, batch_size: int, inputs: InputSpec | None = None
     ) -> None:

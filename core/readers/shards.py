@@ -96,6 +96,10 @@ class ShardedImages:
         except (OSError, tarfile.TarError, StopIteration):
             return f"at byte {offset}"
 
+    def blocks(self) -> np.ndarray:
+        """Return each image's shard, N."""
+        return self.shard.numpy()
+
     def signature(self) -> bytes:
         """Return what the images' bytes and order are known by."""
         columns = [getattr(self, name).numpy().tobytes() for name in ("shard", "offset", "size")]
