@@ -6,7 +6,8 @@ matches does not depend on the other images, so each is matched once.
 
 Trials are paired by seed: Δ is the mean over the pairs. One draw of images serves all pairs, and
 with several pairs these are drawn with replacement too, so that the interval knows of both kinds of
-chance, the images and the seeds (of two or three seeds it knows too little, and is too narrow).
+chance, the images and the seeds. Two or three seeds say little about seeds (too narrow); noise that
+each image and seed has of its own is drawn twice (too wide).
 
 Shapes: I images, D detections of a class by falling score, P of them true positives, B draws,
 T IoU thresholds.

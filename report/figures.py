@@ -49,9 +49,9 @@ def styles(inits: Sequence[str]) -> dict[str, Style]:
 
 
 def curves_figure(
-    curves: Sequence[tuple[str, Curve]], style: dict[str, Style], title: str
+    curves: Sequence[tuple[str, Curve]], style: dict[str, Style], title: str, x: str = "iteration"
 ) -> Figure:
-    """Draw curves over iterations, one line per (initialisation, curve); seeds share a style.
+    """Draw a line per (initialisation, curve) over ``x``; the seeds of one share a style.
 
     Args:
         curves: (initialisation, points), each averaged down to 80 points.
@@ -68,7 +68,7 @@ def curves_figure(
                 solid_capstyle="round",
             )  # fmt: skip
         axes.set_title(title, loc="left")
-        axes.set_xlabel("iteration")
+        axes.set_xlabel(x)
         axes.grid(axis="y")
         return figure
 

@@ -36,6 +36,14 @@ def signed(value: float | None, decimals: int) -> str:
     return text[1:] if float(text) == 0 else text.replace("-", MINUS)
 
 
+def interval(cell: Cell, decimals: int) -> str:
+    """Return the interval of a Δ in brackets, with a star where it leaves 0 out; "" for none."""
+    if cell.interval is None:
+        return ""
+    low, high = (f"{end:+.{decimals}f}".replace("-", MINUS) for end in cell.interval)
+    return f"[{low}, {high}]" + ("*" if cell.is_real else "")
+
+
 def spread(cell: Cell, decimals: int) -> str:
     """Return ``mean ± std``, or the mean alone where there was one trial."""
     text = number(cell.mean, decimals)
@@ -53,6 +61,11 @@ def trials(line: Line) -> str:
     """Return the number of trials, with their seeds where there are several."""
     count = len(line.seeds)
     return f"{count} (seeds {', '.join(map(str, line.seeds))})" if count > 1 else str(count)
+
+
+def each_trial(cell: Cell, decimals: int) -> str:
+    """Return what each trial gave, by seed."""
+    return ", ".join(f"seed {seed}: {number(value, decimals)}" for seed, value in cell.trials)
 
 
 def code_note(table: Table) -> str:
@@ -145,7 +158,8 @@ def to_csv(tables: list[Table]) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(
         ["kind", "step", "protocol", "dataset", "split", "selection", "initialisation", "metric",
-         "unit", "mean", "std", "trials", "seeds", "delta", "baseline", "code", "source", "notes"]
+         "unit", "mean", "std", "trials", "seeds", "delta", "delta_low", "delta_high", "baseline",
+         "code", "source", "notes"]
     )  # fmt: skip
     for table in tables:
         place = [table.step, table.protocol, table.dataset, table.split, table.selection]
@@ -157,8 +171,8 @@ def to_csv(tables: list[Table]) -> str:
                 seeds = " ".join(str(seed) for seed, _ in cell.trials)
                 writer.writerow(
                     ["measured", *place, line.init, metric, table.unit, _csv(cell.mean),
-                     _csv(cell.std), len(cell.trials), seeds, _csv(cell.delta), table.baseline,
-                     code, "", notes]
+                     _csv(cell.std), len(cell.trials), seeds, _csv(cell.delta),
+                     *map(_csv, cell.interval or (None, None)), table.baseline, code, "", notes]
                 )  # fmt: skip
         for published in table.published:
             notes = " ".join(table.footnotes[mark - 1] for mark in published.marks)
@@ -167,7 +181,7 @@ def to_csv(tables: list[Table]) -> str:
                 text = "…".join(map(str, value)) if isinstance(value, tuple) else _csv(value)
                 writer.writerow(
                     ["published", *place, published.init, metric, table.unit, text,
-                     "", "", "", "", "", "", published.source, notes]
+                     "", "", "", "", "", "", "", "", published.source, notes]
                 )  # fmt: skip
     return buffer.getvalue()
 
@@ -199,7 +213,8 @@ def latex_text(text: str) -> str:
 
 
 def _delta(line: Line, column: str, table: Table) -> str:
-    return signed(line.cells[column].delta, table.decimals)
+    cell = line.cells[column]
+    return f"{signed(cell.delta, table.decimals)} {interval(cell, table.decimals)}".rstrip()
 
 
 def _all_notes(table: Table) -> list[str]:

@@ -10,13 +10,25 @@ import jinja2
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from core.results import ResultRow
 from report import formats
 from report.figures import Style, curves_figure, inline_svg, save_figure, styles, trials_figure
 from report.gallery import draw_gallery
+from report.intervals import with_intervals
 from report.overview import overviews
 from report.runs import Run
-from report.sections import CurveGroup, class_tables, curve_groups, provenance, published_elsewhere
+from report.sections import (
+    CurveGroup,
+    class_tables,
+    curve_groups,
+    judged_groups,
+    precision_groups,
+    provenance,
+    published_elsewhere,
+)
 from report.tables import Options, Table, build_tables, heading, short_code
+
+HEADINGS = {"time": "seconds per iteration", "data_time": "of these waiting for data, seconds"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +40,7 @@ class Page:
     options: Options = dataclasses.field(default_factory=Options)
     images: int = 6  # validation images to draw
     score: float = 0.5  # predictions below it are not drawn
+    intervals: tuple[ResultRow, ...] = ()  # as report.intervals.read_intervals gives them
     remarks: tuple[str, ...] = ()  # e.g. cells that failed, with their logs
     command: str = ""  # how to make this page again
 
@@ -43,7 +56,7 @@ def write_report(runs: Sequence[Run], folder: str | Path, page: Page) -> list[Ta
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row for run in runs for row in run.rows]
-    tables = build_tables(rows, page.options)
+    tables = [with_intervals(t, page.intervals) for t in build_tables(rows, page.options)]
     tables = [*overviews(tables, page.options), *tables]
     write_tables(tables, folder)
     (folder / "report.html").write_text(render(runs, tables, folder, page), encoding="utf-8")
@@ -79,6 +92,7 @@ def render(runs: Sequence[Run], tables: Sequence[Table], folder: Path, page: Pag
     environment.globals.update(formats=formats, heading=html_heading, short_code=short_code)
     single = [table for table in tables if not table.name]
     now = datetime.datetime.now(datetime.UTC)
+    judged = judged_groups(runs, single)
     codes = sorted({row.code for run in runs for row in run.rows})
     return environment.get_template("report.html.j2").render(
         page=page,
@@ -89,7 +103,8 @@ def render(runs: Sequence[Run], tables: Sequence[Table], folder: Path, page: Pag
         curves=_drawn(curve_groups(runs), style, labels, keep),
         provenance=provenance(runs, labels),
         configs=[(f"{r.path.parent.name}/{r.path.name}", r.config) for r in runs if r.config],
-        classes=class_tables(runs, single, labels),
+        classes=class_tables(judged, labels),
+        precision=_drawn(precision_groups(judged), style, labels, keep),
         published=published_elsewhere(single, page.options.references),
     )
 
@@ -130,14 +145,18 @@ def _view(
 
 
 def _summary(table: Table) -> list[dict[str, Any]]:
-    """Return, per initialisation that has a Δ, its words and (signed Δ, heading) pairs."""
+    """Return, per initialisation with a Δ, its words and (Δ, heading, interval) of each."""
     base = next((line for line in table.lines if line.init == table.baseline), None)
     if base is None:
         return []
     sentences = []
     for line in table.lines:
         parts = [
-            (formats.signed(line.cells[m].delta, table.decimals), html_heading(m))
+            (
+                formats.signed(line.cells[m].delta, table.decimals),
+                html_heading(m),
+                formats.interval(line.cells[m], table.decimals),
+            )
             for m in table.delta_columns
             if line.cells[m].delta is not None
         ]
@@ -175,9 +194,10 @@ def _drawn(
     for group in groups:
         figures = []
         for key, curves in group.curves.items():
-            words = f"{group.title}: {key} over iterations"
+            words = f"{group.title}: {key} over {group.x}"
             name = "curve-" + "".join(c if c.isalnum() else "-" for c in f"{group.title} {key}")
-            figures.append(keep.keep(curves_figure(curves, style, key), name.lower(), words))
+            figure = curves_figure(curves, style, HEADINGS.get(key, key), group.x)
+            figures.append(keep.keep(figure, name.lower(), words))
         inits = {init for curves in group.curves.values() for init, _ in curves}
         legend = [(labels[init], style[init]) for init in style if init in inits]
         views.append({"title": group.title, "figures": figures, "legend": legend})

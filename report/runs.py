@@ -13,6 +13,7 @@ from core.results import ResultRow, read_rows
 
 ROWS, LOG, METRICS = "results.jsonl", "log.jsonl", "metrics.json"
 DETECTIONS = ("coco_instances_results.json", "inference/coco_instances_results.json")
+JUDGED = ("coco_metrics.json", "inference/coco_metrics.json")
 CONFIGS = ("config.yaml", "config.json")
 SET_ASIDE = re.compile(r"\.old\d+$")  # a folder that the suite has set aside
 
@@ -30,6 +31,7 @@ class Run:
     config: str  # the resolved config, as text
     dataset: dict[str, Any] | None  # {"json", "images", "classes"} of the evaluated images
     detections: Path | None  # coco_instances_results.json
+    judged: dict[str, Any]  # coco_metrics.json: per task, AP per class and curves
 
     @property
     def init(self) -> str:
@@ -82,6 +84,7 @@ def read_run(folder: str | Path) -> Run:
         config=config.read_text(encoding="utf-8", errors="replace") if config else "",
         dataset=_read_dataset(path / "dataset.json"),
         detections=next((path / name for name in DETECTIONS if (path / name).is_file()), None),
+        judged=next((_read_judged(path / name) for name in JUDGED if (path / name).is_file()), {}),
     )
 
 
@@ -105,6 +108,18 @@ def read_curves(path: Path) -> dict[str, Curve]:
             if key != "iteration" and number and math.isfinite(value):
                 points.setdefault(key, {})[x] = float(value)
     return {key: sorted(curve.items()) for key, curve in points.items()}
+
+
+def _read_judged(path: Path) -> dict[str, Any]:
+    """Return what coco_metrics.json says of each task that has classes and curves."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    if not isinstance(content, dict):
+        return {}
+    wanted = {"per_class", "recall", "precision"}
+    return {k: v for k, v in content.items() if isinstance(v, dict) and wanted <= v.keys()}
 
 
 def _read_dataset(path: Path) -> dict[str, Any] | None:

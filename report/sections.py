@@ -5,13 +5,14 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from core.results import ResultRow, latest
+from core.results import latest
 from report.reference import PublishedTable, load_reference
 from report.runs import Curve, Run
 from report.tables import FAMILIES, Table
 
 PRETRAIN_CURVES = ("loss", "loss_ce", "loss_ias", "loss_ips", "top1")  # then any other loss_*
-DETECTION_CURVES = ("total_loss", "loss_cls", "loss_box_reg", "loss_mask")
+DETECTION_CURVES = ("total_loss", "loss_cls", "loss_box_reg", "loss_mask")  # then other losses
+SPEED_CURVES = ("lr", "time", "data_time")  # of detectron2's metrics.json; times in s an iteration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,20 +21,22 @@ class CurveGroup:
 
     title: str
     curves: dict[str, list[tuple[str, Curve]]]
+    x: str = "iteration"
 
 
 def curve_groups(runs: Sequence[Run]) -> list[CurveGroup]:
     """Return the curves of pretraining, then those of each detection protocol."""
     pretraining = [(run.init, run.pretrain) for run in runs]
-    present = dict.fromkeys(key for _, curves in pretraining for key in curves)
-    others = [k for k in present if k.startswith("loss_") and k not in PRETRAIN_CURVES]
-    groups = [_group("Pretraining", pretraining, [*PRETRAIN_CURVES, *others])]
+    groups = [_group("Pretraining", pretraining, PRETRAIN_CURVES, ("lr",))]
     protocols: dict[str, list[tuple[str, dict[str, Curve]]]] = {}
     for run in runs:
         if run.detection:
             name = run.rows[0].protocol if run.rows else run.path.parent.name
             protocols.setdefault(name, []).append((run.init, run.detection))
-    groups += [_group(f"Detection, {n}", c, DETECTION_CURVES) for n, c in protocols.items()]
+    groups += [
+        _group(f"Detection, {name}", found, DETECTION_CURVES, SPEED_CURVES)
+        for name, found in protocols.items()
+    ]
     return [group for group in groups if group.curves]
 
 
@@ -63,26 +66,66 @@ def provenance(runs: Sequence[Run], labels: dict[str, str]) -> list[dict[str, An
     return list(entries.values())
 
 
-def class_tables(
-    runs: Sequence[Run], tables: Sequence[Table], labels: dict[str, str]
-) -> list[dict[str, Any]]:
-    """Return AP per class (metrics ``bbox/AP-<class>``) of every table whose runs have it."""
-    views = []
-    rows = latest(row for run in runs for row in run.rows)
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """Runs of one detection table that keep AP per class and curves, for one task."""
+
+    title: str  # the table's
+    family: str  # "bbox", "mask", "keypoint"
+    runs: tuple[tuple[str, dict[str, Any]], ...]  # (initialisation, its part of coco_metrics.json)
+
+
+def judged_groups(runs: Sequence[Run], tables: Sequence[Table]) -> list[Judged]:
+    """Return, per detection table and task, the trials that its lines are made of."""
+    groups = []
     for table in tables:
-        place = (table.step, table.protocol, table.dataset, table.split, table.selection)
-        for family in ("bbox", "segm"):
-            prefix = f"{family}/AP-"
-            own = [
-                row
-                for row in rows
-                if (row.step, row.protocol, row.dataset, row.split, row.selection) == place
-                and row.metric.startswith(prefix)
-            ]
-            if own:
-                title = f"{FAMILIES[family]} AP per class, {table.title}"
-                views.append(_class_table(title, own, prefix, labels))
+        if table.step != "detection":
+            continue
+        counted = {id(row) for line in table.lines for row in line.rows}
+        own = [run for run in runs if any(id(row) in counted for row in run.rows)]
+        for task in dict.fromkeys(task for run in own for task in run.judged):
+            found = [(run.init, run.judged[task]) for run in own if task in run.judged]
+            groups.append(Judged(table.title, FAMILIES.get(task, task), tuple(found)))
+    return groups
+
+
+def class_tables(groups: Sequence[Judged], labels: dict[str, str]) -> list[dict[str, Any]]:
+    """Return AP per class and initialisation, a mean over trials."""
+    views = []
+    for group in groups:
+        values: dict[str, dict[str, list[float]]] = {}
+        for init, judged in group.runs:
+            for name, value in judged["per_class"].items():
+                found = values.setdefault(name, {}).setdefault(init, [])
+                if value is not None:
+                    found.append(value)
+        present = {init for init, _ in group.runs}
+        inits = [init for init in labels if init in present]
+        lines = [(name, [_mean(by_init.get(i)) for i in inits]) for name, by_init in values.items()]
+        if lines:
+            title = f"{group.family} AP per class, {group.title}"
+            views.append({"title": title, "labels": [labels[i] for i in inits], "lines": lines})
     return views
+
+
+def precision_groups(groups: Sequence[Judged]) -> list[CurveGroup]:
+    """Return, per table, precision over recall at each IoU: a mean over classes, then trials."""
+    merged: dict[str, dict[str, list[tuple[str, Curve]]]] = {}
+    for group in groups:
+        found: dict[str, dict[str, list[list[float]]]] = {}
+        recall: list[float] = []
+        for init, judged in group.runs:
+            for iou, precision in judged["precision"].items():
+                if len(precision) == len(judged["recall"]) > 1:
+                    recall = judged["recall"]
+                    found.setdefault(iou, {}).setdefault(init, []).append(precision)
+        for iou, by_init in found.items():
+            key = f"{group.family} precision, IoU {float(iou):.2f}"
+            merged.setdefault(group.title, {})[key] = [
+                (init, [*zip(recall, map(statistics.fmean, zip(*trials)))])
+                for init, trials in by_init.items()
+            ]
+    return [CurveGroup(title, curves, "recall") for title, curves in merged.items()]
 
 
 def published_elsewhere(tables: Sequence[Table], names: Sequence[str]) -> list[PublishedTable]:
@@ -94,33 +137,25 @@ def published_elsewhere(tables: Sequence[Table], names: Sequence[str]) -> list[P
 
 
 def _group(
-    title: str, runs: Sequence[tuple[str, dict[str, Curve]]], keys: Sequence[str]
+    title: str,
+    runs: Sequence[tuple[str, dict[str, Curve]]],
+    first: Sequence[str],
+    last: Sequence[str],
 ) -> CurveGroup:
-    """Return the curves of those keys; one that only repeats another is left out."""
+    """Return the curves of those keys, other losses between; what only repeats is left out."""
+    present = dict.fromkeys(key for _, curves in runs for key in curves)
+    others = [key for key in present if key.startswith("loss_") and key not in first]
     curves = {
-        key: [(init, run[key]) for init, run in runs if len(run.get(key, [])) > 1] for key in keys
+        key: [(init, run[key]) for init, run in runs if len(run.get(key, [])) > 1]
+        for key in (*first, *others, *last)
     }
     if curves.get("loss") == curves.get("loss_ce"):
         curves.pop("loss", None)
     return CurveGroup(title, {key: found for key, found in curves.items() if found})
 
 
-def _class_table(
-    title: str, rows: Sequence[ResultRow], prefix: str, labels: dict[str, str]
-) -> dict[str, Any]:
-    """Return the mean over seeds per class and initialisation."""
-    values: dict[tuple[str, str], list[float]] = {}
-    for row in rows:
-        found = values.setdefault((row.metric.removeprefix(prefix), row.init), [])
-        if row.value is not None:
-            found.append(row.value)
-    present = {init for _, init in values}
-    inits = [init for init in labels if init in present]
-    lines = []
-    for name in dict.fromkeys(name for name, _ in values):
-        found_by_init = [values.get((name, init)) for init in inits]
-        lines.append((name, [statistics.fmean(v) if v else None for v in found_by_init]))
-    return {"title": title, "labels": [labels[init] for init in inits], "lines": lines}
+def _mean(values: Sequence[float] | None) -> float | None:
+    return statistics.fmean(values) if values else None
 
 
 def _words(details: dict[str, Any], prefix: str = "") -> list[str]:

@@ -45,6 +45,12 @@ class Cell:
     std: float | None
     trials: tuple[tuple[int, float], ...]  # (seed, value)
     delta: float | None = None  # mean − the baseline's mean; None for the baseline itself
+    interval: tuple[float, float] | None = None  # of delta, where tools/compare.py has been run
+
+    @property
+    def is_real(self) -> bool:
+        """Whether the interval of delta leaves 0 out."""
+        return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
 
 
 @dataclasses.dataclass(frozen=True)

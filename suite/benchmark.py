@@ -7,6 +7,7 @@ from pathlib import Path
 from core.config import ROOT, InputError
 from report import formats
 from report.html import Page, write_report
+from report.intervals import read_intervals
 from report.runs import Run, read_run
 from report.tables import Table
 from suite.executors import Executor, LocalExecutor
@@ -81,6 +82,7 @@ def report_plan(plan: Plan, remarks: list[str], command: str) -> list[Table]:
         options=table_options(suite),
         images=suite.images,
         score=suite.score,
+        intervals=read_intervals([plan.root]),
         remarks=tuple(remarks),
         command=command,
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from core.config import InputError, load_config
 from report import formats
 from report.html import Page, write_report
+from report.intervals import read_intervals
 from report.runs import Run, find_runs
 from report.tables import Options, Table
 from suite.benchmark import done_runs
@@ -72,7 +73,10 @@ def _suite(folder: Path) -> Suite:
 
 def _page(request: Request) -> Page:
     """Return the page's settings: the first suite's, changed by the request."""
-    page = Page(command=shlex.join(["tools/make_report.py", *request.runs]))
+    page = Page(
+        command=shlex.join(["tools/make_report.py", *request.runs]),
+        intervals=read_intervals(request.runs),
+    )
     saved = [Path(f) for f in request.runs if (Path(f) / "suite.yaml").is_file()]
     if saved:
         suite = _suite(saved[0])

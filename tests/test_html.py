@@ -71,19 +71,27 @@ def fabricate_suite(root: Path, inits: tuple[str, ...] = ("random", "ce", NASTY)
         )  # fmt: skip
         rows = [
             dataclasses.replace(row, metric=metric, value=5.0 + 3 * n + 0.7 * k)
-            for k, metric in enumerate((*DETECTION_COLUMNS, "bbox/AP-heart"))
+            for k, metric in enumerate(DETECTION_COLUMNS)
         ]
         append_rows(detection / "results.jsonl", rows)
         (detection / "config.yaml").write_text("MODEL: {DEVICE: cpu}\n")
         (detection / "dataset.json").write_text(json.dumps(dataset))
         with (detection / "metrics.json").open("w") as log:
             for i in range(0, 60, 2):
-                log.write(json.dumps({"iteration": i, "total_loss": 3 - i / 40, "lr": 0.1}) + "\n")
+                log.write(
+                    json.dumps(
+                        {"iteration": i, "total_loss": 3 - i / 40, "lr": 0.1, "data_time": 0.0}
+                    )
+                    + "\n"
+                )
         found = [
             {"image_id": i, "category_id": 1, "bbox": [5, 5, 20, 18], "score": 0.3 + 0.3 * n}
             for i in range(6)
         ]
         (detection / "inference/coco_instances_results.json").write_text(json.dumps(found))
+        judged = {"per_class": {"heart": 10.0 + n, "<moon>": None}, "recall": [0.0, 0.5, 1.0]}
+        judged |= {"precision": {"0.5": [0.9, 0.5, 0.1], "0.75": [0.8, 0.2, 0.0]}}
+        (detection / "inference/coco_metrics.json").write_text(json.dumps({"bbox": judged}))
     return root / "runs"
 
 
@@ -144,7 +152,8 @@ def test_every_section_is_there(page: Path):
     tags = [tag for tag, _ in _Elements(text).found]
     assert text.count("data:image/webp") == 3 * 4  # three images, ground truth + three inits
     assert tags.count("svg") >= 2 + 2 + 1  # trial dots, pretraining, detection
-    for word in ("Provenance", "heart", "Table 5", "R50-C4 1×", "No published numbers stand"):
+    words = ("Provenance", "heart", "Table 5", "R50-C4 1×", "No published numbers stand")
+    for word in (*words, "Precision and recall", "of these waiting for data"):
         assert word in text
     assert (page / "table.md").read_text().count("| random") >= 1
     assert (page / "table.csv").exists()
