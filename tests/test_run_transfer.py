@@ -55,7 +55,8 @@ def run_here(
         command = ["--config", str(config), "--weights", str(path), "--output", str(output)]
         monkeypatch.setattr(sys, "argv", ["run_transfer.py", *command, *options, *overrides])
         assert tool.main() == 0
-        return read_rows(output / "results.jsonl")
+        rows = output / "results.jsonl"
+        return read_rows(rows) if rows.exists() else []
 
     return call
 
@@ -308,3 +309,19 @@ def test_the_tool_runs_from_anywhere_and_exits_with_two_on_bad_input(
     assert bad.returncode == 2
     assert bad.stderr.startswith("error: data.limit")
     assert bad.stderr.count("\n") == 1
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
+    run_here: Callable[..., list[ResultRow]],
+    weights: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = run_here(weights, "methods", "[linear, knn]", options=("--dry-run",))
+    assert rows == []
+    assert not (tmp_path / "out").exists()
+    said = capsys.readouterr().out
+    assert f"# linear, knn of ce ({ARCH}) on " in said
+    assert "c_values: 5" in said
+    with pytest.raises(InputError, match="methods names 'nothing'"):
+        run_here(weights, "methods", "[nothing]", options=("--dry-run",))

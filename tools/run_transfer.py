@@ -39,6 +39,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--format", help="insist on a format of tools/convert_to_d2.py")
     parser.add_argument("--output", help="default: runs/transfer/CONFIG/INIT_WEIGHTS")
     parser.add_argument("--resume", action="store_true", help="go on with a cut fine-tuning")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and end")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="changes to the config")
     return parser.parse_intermixed_args()
 
@@ -47,7 +48,7 @@ def main() -> int:
     """Evaluate, and print one line for each number."""
     arguments = parse()
     from transfer.config import TransferConfig
-    from transfer.run import run
+    from transfer.run import plan, run
 
     config = load_config(TransferConfig, arguments.config, arguments.overrides, "transfer")
     weights = read_weights(arguments.weights, arguments.init, arguments.format)
@@ -55,6 +56,9 @@ def main() -> int:
     default = ROOT / "runs" / "transfer" / Path(arguments.config).stem / name
     output = Path(arguments.output).expanduser() if arguments.output else default
     try:
+        if arguments.dry_run:
+            print(plan(config, weights, output, arguments.resume))
+            return 0
         rows = run(config, weights, output, arguments.resume)
         if dist.is_main():
             print("\n".join([*map(_line, rows), f"rows: {output / 'results.jsonl'}"]))

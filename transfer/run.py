@@ -3,6 +3,8 @@
 import time
 from pathlib import Path
 
+import yaml
+
 from core import dist
 from core.catalogue import look_up
 from core.config import save_config, to_dict
@@ -24,6 +26,39 @@ def run(
     Raises:
         InputError: a config, data set or checkpoint that cannot be used; nothing is written.
     """
+    unit = _opened(config, backbone, output, resume)
+    rows: list[ResultRow] = []
+    for method in config.methods:
+        started = time.monotonic()
+        outcomes = METHODS[method](unit)
+        seconds = round(time.monotonic() - started, 2)
+        rows += [_row(unit, outcome, seconds) for outcome in outcomes]
+    if dist.is_main():
+        output.mkdir(parents=True, exist_ok=True)
+        save_config(config, output / "config.yaml")
+        append_rows(output / "results.jsonl", rows)
+    return rows
+
+
+def plan(config: TransferConfig, backbone: Backbone, output: Path, resume: bool = False) -> str:
+    """Return what ``run`` would do, after all checks that need no features.
+
+    Raises:
+        InputError: as ``run``.
+    """
+    unit = _opened(config, backbone, output, resume)
+    train, test = unit.splits.train, unit.splits.test
+    methods = ", ".join(config.methods)
+    return (
+        f"{yaml.safe_dump(to_dict(config), sort_keys=False)}"
+        f"# {methods} of {backbone.init} ({backbone.model.arch}) on {train.name}: "
+        f"{len(train) + len(unit.splits.val or ())} training images, {len(test)} of "
+        f"{test.split}, {unit.splits.classes} classes, seed {unit.seed}\n# into {output}"
+    )
+
+
+def _opened(config: TransferConfig, backbone: Backbone, output: Path, resume: bool) -> Transfer:
+    """Check everything and open the data; nothing is written."""
     unknown = [method for method in config.methods if method not in METHODS]
     if unknown or not config.methods:
         wrong = repr(unknown[0]) if unknown else "nothing"
@@ -39,17 +74,7 @@ def run(
             f"{output / 'finetune'} holds a training already: say --resume to go on with it, or "
             "give another --output"
         )
-    rows: list[ResultRow] = []
-    for method in config.methods:
-        started = time.monotonic()
-        outcomes = METHODS[method](unit)
-        seconds = round(time.monotonic() - started, 2)
-        rows += [_row(unit, outcome, seconds) for outcome in outcomes]
-    if dist.is_main():
-        output.mkdir(parents=True, exist_ok=True)
-        save_config(config, output / "config.yaml")
-        append_rows(output / "results.jsonl", rows)
-    return rows
+    return unit
 
 
 def _row(unit: Transfer, outcome: Outcome, seconds: float) -> ResultRow:
