@@ -62,6 +62,12 @@ class CocoFiles(NamedTuple):
     images: Path  # the folder that the file names in the json are relative to
 
 
+def place(folder: str | Path, split: str, n: int, size: int, seed: int) -> CocoFiles:
+    """Return where ``write_coco`` with these arguments puts its files, complete or not."""
+    home = Path(folder) / f"shapes_{split}_{n}x{size}_seed{seed}_v{VERSION}"
+    return CocoFiles(home / "instances.json", home / "images")
+
+
 def write_coco(
     folder: str | Path, split: str, n: int, size: int = IMAGE_SIZE, seed: int = 0
 ) -> CocoFiles:
@@ -79,8 +85,8 @@ def write_coco(
     if n < 1 or size < 32:
         raise InputError(f"{n} images of {size} pixels: take at least 1 image of 32 pixels")
     folder = Path(folder)
-    final = folder / f"shapes_{split}_{n}x{size}_seed{seed}_v{VERSION}"
-    files = CocoFiles(final / "instances.json", final / "images")
+    files = place(folder, split, n, size, seed)
+    final = files.json.parent
     if _complete(files, n):
         return files
     temporary = None

@@ -32,12 +32,13 @@ LAYOUTS = {
 }
 
 
-def open_named(name: str, shapes: dict[str, Any]) -> Split:
+def open_named(name: str, shapes: dict[str, Any], scratch: Path | None = None) -> Split:
     """Open ``shapes_train``, ``shapes_val`` or a data set that detectron2 knows.
 
     Args:
         name: as in ``DATASETS.TRAIN``.
         shapes: the config's ``SUITE.SHAPES``.
+        scratch: where the embedded data are drawn if ``datasets/`` has them not; None: there.
 
     Raises:
         InputError: unknown name, or files that are not there: where they were looked for, and how
@@ -45,7 +46,7 @@ def open_named(name: str, shapes: dict[str, Any]) -> Split:
     """
     stem, _, split = name.rpartition("_")
     if stem == SHAPES and split in ("train", "val"):
-        return open_shapes(split, shapes)
+        return open_shapes(split, shapes, scratch)
     kind = _kind(name)
     meta = MetadataCatalog.get(name)
     if kind == "voc":
@@ -62,17 +63,15 @@ def open_named(name: str, shapes: dict[str, Any]) -> Split:
     return open_pair(places[0], places[1], split=split, name=stem, kind=kind)
 
 
-def open_shapes(split: str, shapes: dict[str, Any], folder: Path | None = None) -> Split:
+def open_shapes(split: str, shapes: dict[str, Any], scratch: Path | None = None) -> Split:
     """Draw one split of the embedded data, unless it is there already, and open it."""
-    from core.shapes import write_coco
+    from core.shapes_coco import place, write_coco
 
-    json_path, images = write_coco(
-        folder or ROOT / "datasets",
-        split,
-        n=shapes[f"{split.upper()}_IMAGES"],
-        size=shapes["SIZE"],
-        seed=shapes["SEED"],
-    )
+    key = {"n": shapes[f"{split.upper()}_IMAGES"], "size": shapes["SIZE"], "seed": shapes["SEED"]}
+    folder = ROOT / "datasets"
+    if scratch is not None and not place(folder, split, **key).json.is_file():
+        folder = scratch
+    json_path, images = write_coco(folder, split, **key)
     return open_pair(json_path, images, split, SHAPES)
 
 

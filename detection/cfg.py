@@ -59,6 +59,9 @@ def default_cfg() -> CfgNode:
     suite.MILESTONE_PERIOD = 0  # iterations between checkpoints that are kept for good; 0: none
     cfg.SOLVER.OPTIMIZER = "SGD"  # every published protocol; "AdamW" learns in fewer iterations
     cfg.SOLVER.AMP.DTYPE = "float16"  # of autocast, if AMP.ENABLED; "bfloat16" for CPUs
+    suite.CHANNELS_LAST = False  # memory format of the weights; faster convolutions, mostly in AMP
+    suite.COMPILE = ""  # backend of torch.compile for the backbone, such as "inductor"; "": none
+    suite.WANDB = ""  # project at Weights & Biases that metrics also go to; "": none
     suite.COCO_BACKEND = "pycocotools"  # of record; "faster", "hotcoco" agree and are faster
     shapes = suite.SHAPES = CfgNode()  # the embedded data, DATASETS.TRAIN ("shapes_train",)
     shapes.TRAIN_IMAGES = 600

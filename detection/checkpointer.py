@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
@@ -19,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from core.checkpoint import atomic_file, load_plain, newest_valid, save_atomically
 from core.errors import InputError
+from detection.loader import EndlessBatches, Record
 from detection.logs import say
 
 NUMBERED = re.compile(r"model_(\d{7})\.pth")
@@ -101,10 +103,19 @@ class SaveHook(HookBase):
             self.checkpointer.save(self.trainer)
 
 
-def restore(trainer: Any, content: dict[str, Any]) -> None:
-    """Load model, optimiser and schedule; the trainer must have its hooks, which hold the last."""
+def restore(trainer: Any, content: dict[str, Any], cfg: CfgNode, records: list[Record]) -> int:
+    """Put a trainer where a checkpoint stands: model, optimiser, schedule, data.
+
+    Its hooks must have been registered: the schedule is one of them.
+
+    Returns:
+        The iteration to go on with.
+    """
     bare(trainer.model).load_state_dict(content["model"])
     trainer.load_state_dict(content["trainer"])
+    start = int(content["iteration"]) + 1
+    trainer.reset_data_loader(lambda: EndlessBatches(cfg, records, start))
+    return start
 
 
 def bare(model: nn.Module) -> nn.Module:

@@ -25,7 +25,8 @@ from detection.checkpointer import Checkpointer
 from detection.coco_backends import choose
 from detection.compat import versions
 from detection.datasets import Split, check_same_classes, open_pair
-from detection.trainer import DTYPES, check_batch
+from detection.logs import check_wandb
+from detection.trainer import check_batch, check_numbers
 from detection.weights import Weights
 
 RUN_FILE = "run.json"
@@ -55,6 +56,7 @@ class Request:
     coco_backend: str = ""
     assume_convention: bool = False
     convention_from_weights: bool = False
+    dry_run: bool = False  # only say what would be done: write nothing, on any hardware
     overrides: Sequence[str] = ()
 
 
@@ -81,8 +83,13 @@ class Job:
         return Path(self.cfg.OUTPUT_DIR)
 
 
-def prepare(request: Request, scratch: Path) -> Job:
-    """Check all that can be known before the first iteration; a raw checkpoint goes to scratch.
+def prepare(request: Request, scratch: Path, judge_weights: bool = True) -> Job:
+    """Check all that can be known before the first iteration.
+
+    Args:
+        request: what the command line asks for.
+        scratch: gets the conversion of a raw checkpoint and, in a dry run, drawn data.
+        judge_weights: whether weights that do not fit the config are an error here.
 
     Raises:
         InputError: one sentence on what is wrong and what would be right.
@@ -92,10 +99,12 @@ def prepare(request: Request, scratch: Path) -> Job:
     device, processes = _hardware(request, cfg, notes)
     world_size = processes * request.num_machines
     check_batch(cfg, world_size)
-    train, val = _open_data(cfg, request)
+    train, val = _open_data(cfg, request, scratch)
     _fit_to_data(cfg, train, val, notes)
     earlier = _read_run(cfg, request)
-    weights = _open_weights(request, cfg, val, scratch, earlier, notes)
+    weights = _read_weights(request, cfg, val, scratch, earlier, notes)
+    if weights and judge_weights:
+        notes.append(_judge_weights(weights, cfg, request.assume_convention))
     identity = _identity(request, cfg, weights, val, earlier)
     if not cfg.OUTPUT_DIR:
         stem = f"{identity['protocol']}-{identity['init']}-seed{identity['seed']}"
@@ -109,7 +118,7 @@ def prepare(request: Request, scratch: Path) -> Job:
     cfg.DATALOADER.NUM_WORKERS = _loading_processes(cfg.DATALOADER.NUM_WORKERS, device, processes)
     norm = configs.norm_for(device, world_size)
     norms = configs.set_norms(cfg, norm)
-    if norms:
+    if norms and norm != configs.SYNC_NORM:
         notes.append(f"BatchNorm: {configs.SYNC_NORM} runs as {norm} on {world_size} × {device}")
     details = {
         "overrides": changed,
@@ -118,6 +127,9 @@ def prepare(request: Request, scratch: Path) -> Job:
         "ims_per_batch": cfg.SOLVER.IMS_PER_BATCH,
         "base_lr": cfg.SOLVER.BASE_LR,
         "max_iter": cfg.SOLVER.MAX_ITER,
+        "amp": cfg.SOLVER.AMP.DTYPE if cfg.SOLVER.AMP.ENABLED else "none",
+        "channels_last": cfg.SUITE.CHANNELS_LAST,
+        "compile": cfg.SUITE.COMPILE,
         "bn": norm if norms else cfg.MODEL.RESNETS.NORM,
         "images": {"train": sum(p.num_images for p in train), "val": val.num_images},
         "coco_backend": cfg.SUITE.COCO_BACKEND,
@@ -152,8 +164,8 @@ def _resolve(request: Request) -> tuple[CfgNode, dict[str, Any]]:
         cfg.SEED = request.seed
     if cfg.SEED < 0:
         raise InputError(f"SEED is {cfg.SEED}: every trial needs its own seed, 0 or more")
-    if cfg.SOLVER.AMP.DTYPE not in DTYPES:
-        raise InputError(f"SOLVER.AMP.DTYPE can be {' or '.join(DTYPES)}")
+    check_numbers(cfg)
+    check_wandb(cfg.SUITE.WANDB)
     return cfg, changed
 
 
@@ -165,7 +177,9 @@ def _hardware(request: Request, cfg: CfgNode, notes: list[str]) -> tuple[str, in
         gpus = 1 if present and not processes and cfg.MODEL.DEVICE != "cpu" else 0
         if not present:
             notes.append(f"no GPU here: running on CPU with {max(1, processes)} process(es)")
-    if gpus < 0 or gpus > present:
+    if gpus > present and request.dry_run:
+        notes.append(f"this machine has {present} GPUs: planned for one with {gpus}")
+    elif gpus < 0 or gpus > present:
         raise InputError(f"--num-gpus {gpus}, but this machine has {present}; 0 runs on CPU")
     if gpus and processes:
         raise InputError("--num-processes is for CPU runs; with --num-gpus each GPU has a process")
@@ -188,7 +202,7 @@ def _loading_processes(wanted: int, device: str, processes: int) -> int:
     return min(wanted, max(0, cores - 1) if device == "cpu" else max(1, cores))
 
 
-def _open_data(cfg: CfgNode, request: Request) -> tuple[tuple[Split, ...], Split]:
+def _open_data(cfg: CfgNode, request: Request, scratch: Path) -> tuple[tuple[Split, ...], Split]:
     """Open the splits that the command line or else the config names."""
     given = {
         "train": (request.train_json, request.train_images),
@@ -205,7 +219,8 @@ def _open_data(cfg: CfgNode, request: Request) -> tuple[tuple[Split, ...], Split
         if given[split][0]:
             pairs[split] = [open_pair(*given[split], split=split, name=request.dataset)]
         else:
-            pairs[split] = [open_named(name, shapes) for name in names]
+            drawn = scratch if request.dry_run else None
+            pairs[split] = [open_named(name, shapes, drawn) for name in names]
         if not pairs[split]:
             raise InputError(f"no data: DATASETS.{'TEST' if split == 'val' else 'TRAIN'} is empty")
     if len(pairs["val"]) > 1:
@@ -239,7 +254,7 @@ def _fit_to_data(cfg: CfgNode, train: tuple[Split, ...], val: Split, notes: list
     notes.append(f"data: {counts}, {len(val.classes)} classes")
 
 
-def _open_weights(
+def _read_weights(
     request: Request,
     cfg: CfgNode,
     val: Split,
@@ -247,7 +262,7 @@ def _open_weights(
     earlier: dict[str, Any] | None,
     notes: list[str],
 ) -> Weights | None:
-    """Read and check the weights; None is random initialisation, or a resume that needs none."""
+    """Read the weights; None is random initialisation, or a resume that needs none."""
     path = cfg.MODEL.WEIGHTS
     if request.eval_only and not path:
         newest = Checkpointer(Path(cfg.OUTPUT_DIR)).newest() if cfg.OUTPUT_DIR else None
@@ -272,13 +287,13 @@ def _open_weights(
         raise InputError(f"{path} detects other classes than {val.json} has")
     if request.convention_from_weights:
         weight_files.take_convention(cfg, found)
-    weight_files.check_convention(found, cfg, request.assume_convention)
-    plain = cfg.clone()
-    configs.set_norms(plain, "BN")  # the same names and shapes, on any hardware
-    pairs = weight_files.match(found, weight_files.model_shapes(plain))
-    what = "detector" if found.whole else "backbone"
-    notes.append(f"weights: {found.path.name}: {len(pairs)} of {len(pairs)} {what} tensors matched")
     return found
+
+
+def _judge_weights(weights: Weights, cfg: CfgNode, assume_convention: bool) -> str:
+    """Raise InputError unless the weights fit the config's network and input; say how they do."""
+    weight_files.check_convention(weights, cfg, assume_convention)
+    return f"weights: {weights.path.name}: {weight_files.covered(weights, cfg)} matched"
 
 
 def _identity(

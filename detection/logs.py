@@ -6,15 +6,20 @@ place.
 """
 
 import contextlib
+import hashlib
+import importlib.util
 import json
 import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter, get_event_storage
 
 from core.checkpoint import atomic_file
+from core.errors import InputError
 
 LINES_OF_A_LOG = ("detectron2.utils.events", "detectron2.evaluation.evaluator")
 SPEAKERS = ("detectron2", "fvcore", "detection")
@@ -42,18 +47,23 @@ def is_terminal() -> bool:
 
 
 @contextlib.contextmanager
-def logging_to(folder: Path) -> Iterator[None]:
-    """Log to ``folder/log.txt`` (``log.txt.rank1`` … for others) and, rank 0, to stdout."""
+def logging_to(folder: Path, spoken: bool = True) -> Iterator[None]:
+    """Log to ``folder/log.txt`` (``log.txt.rank1`` … for others) and, rank 0, to stdout.
+
+    Args:
+        folder: of the run.
+        spoken: False keeps everything in the file.
+    """
     rank = comm.get_rank()
     name = "log.txt" if rank == 0 else f"log.txt.rank{rank}"
     plain = logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s", "%m/%d %H:%M:%S")
     handlers: list[logging.Handler] = [logging.FileHandler(folder / name, encoding="utf-8")]
     handlers[0].setFormatter(plain)
-    if rank == 0:
-        spoken = logging.StreamHandler(sys.stdout)
-        spoken.addFilter(_Chosen(is_terminal()))
-        spoken.setFormatter(logging.Formatter("%(message)s"))
-        handlers.append(spoken)
+    if rank == 0 and spoken:
+        terminal = logging.StreamHandler(sys.stdout)
+        terminal.addFilter(_Chosen(is_terminal()))
+        terminal.setFormatter(logging.Formatter("%(message)s"))
+        handlers.append(terminal)
     loggers = [logging.getLogger(speaker) for speaker in SPEAKERS]
     for each in loggers:
         each.setLevel(logging.INFO)
@@ -67,6 +77,56 @@ def logging_to(folder: Path) -> Iterator[None]:
             for handler in handlers:
                 each.removeHandler(handler)
         handlers[0].close()
+
+
+class WandbWriter(EventWriter):
+    """Sends a run's scalars to Weights & Biases, beside metrics.json and TensorBoard.
+
+    A resumed run goes on with the same curve there: its id derives from the run folder.
+    """
+
+    def __init__(self, project: str, folder: Path, settings: dict[str, Any]) -> None:
+        import wandb
+
+        place = str(folder.resolve())
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=folder.name,
+                dir=place,
+                id=hashlib.sha256(place.encode()).hexdigest()[:16],
+                resume="allow",
+                config=settings,
+            )
+        except wandb.Error as error:
+            said = " ".join(str(error).split())
+            raise InputError(
+                f"SUITE.WANDB {project}: {said}; `wandb login`, or set WANDB_MODE=offline"
+            ) from None
+        self._sent = -1
+
+    def write(self) -> None:
+        """Send what was stored since the last call, at the iteration at which it was stored."""
+        by_iteration: dict[int, dict[str, float]] = {}
+        for name, (value, iteration) in get_event_storage().latest_with_smoothing_hint(20).items():
+            if iteration > self._sent:
+                by_iteration.setdefault(iteration, {})[name] = value
+        for iteration in sorted(by_iteration):
+            self._run.log(by_iteration[iteration], step=iteration)
+        self._sent = max([self._sent, *by_iteration])
+
+    def close(self) -> None:
+        """End the run there."""
+        self._run.finish()
+
+
+def check_wandb(project: str) -> None:
+    """Raise InputError if metrics are to go to Weights & Biases, and its package is absent."""
+    if project and importlib.util.find_spec("wandb") is None:
+        raise InputError(
+            f"SUITE.WANDB names project {project!r}, but wandb is not installed: "
+            "`pip install wandb`, or leave SUITE.WANDB empty"
+        )
 
 
 def say(sentence: str) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from detectron2.engine import default_writers, launch
-from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.events import TensorboardXWriter
@@ -28,10 +27,11 @@ from detection.checkpointer import Checkpointer, SaveHook, bare, restore
 from detection.coco_backends import Evaluation
 from detection.evaluation import evaluate_model
 from detection.job import RUN_FILE, Job, Request, prepare
-from detection.loader import EndlessBatches, training_records
-from detection.logs import is_terminal, logging_to, say, trim_metrics
+from detection.loader import training_records
+from detection.logs import WandbWriter, is_terminal, logging_to, say, trim_metrics
+from detection.plan import plan
 from detection.scores import as_metrics, result_rows, table
-from detection.trainer import NotFiniteError, Trainer, add_hooks, build, seed_torch
+from detection.trainer import NotFiniteError, Trainer, add_hooks, build, build_detector, seed_torch
 from detection.weights import load_into, read_weights
 
 ROWS_FILE = "results.jsonl"
@@ -41,11 +41,16 @@ DATASET_FILE = "dataset.json"
 def run(request: Request) -> int:
     """Check everything, then train and evaluate, or only evaluate; return the exit status.
 
+    A dry run ends after the checks and prints what would be done.
+
     Raises:
         InputError: bad input, before anything is written.
     """
     with tempfile.TemporaryDirectory(prefix="convert-") as scratch:
         job = prepare(request, Path(scratch))
+        if request.dry_run:
+            print("\n".join(plan(job)))
+            return 0
         if request.machine_rank == 0:
             settle(job, Path(scratch))
         if job.details["device"] == "cpu" and job.processes > 1:
@@ -138,8 +143,7 @@ def _train(job: Job) -> None:
     ]
     add_hooks(trainer, cfg, save_hooks, evaluate, _writers(job, start), is_terminal())
     if newest:
-        restore(trainer, newest[1])  # after the hooks are there: the schedule is one of them
-        trainer.reset_data_loader(lambda: EndlessBatches(cfg, records, start))
+        restore(trainer, newest[1], cfg, records)
         say(f"resuming after iteration {start} from {newest[0].name}")
         _mind_world(job, newest[1]["world_size"])
     elif job.weights_file:
@@ -152,7 +156,7 @@ def _train(job: Job) -> None:
 
 def _evaluate_only(job: Job) -> None:
     seed_torch(job.cfg.SEED)
-    model = build_model(job.cfg)
+    model = build_detector(job.cfg)
     load_into(model, read_weights(job.weights_file, job.folder / "unused.pth"))
     began = time.perf_counter()
     evaluations = evaluate_model(job.cfg, model, job.val, job.folder / "inference", is_terminal())
@@ -217,7 +221,11 @@ def _writers(job: Job, start: int) -> list[Any]:
     if not comm.is_main_process():
         return []
     *others, _ = default_writers(str(job.folder), job.cfg.SOLVER.MAX_ITER)
-    return [*others, TensorboardXWriter(str(job.folder), purge_step=start)]
+    writers = [*others, TensorboardXWriter(str(job.folder), purge_step=start)]
+    if job.cfg.SUITE.WANDB:
+        settings = {"identity": job.identity, "details": job.details}
+        writers.append(WandbWriter(job.cfg.SUITE.WANDB, job.folder, settings))
+    return writers
 
 
 def _speed(trainer: Trainer, began: float) -> dict[str, Any]:

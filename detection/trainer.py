@@ -183,10 +183,24 @@ def build_adamw(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 OPTIMIZERS = {"SGD": build_optimizer, "AdamW": build_adamw}
 
 
+def build_detector(cfg: CfgNode) -> nn.Module:
+    """Build the config's model, in the memory format and compiled as ``SUITE`` says.
+
+    Names of tensors stay what they are, so that checkpoints fit with and without either.
+    """
+    model: Any = build_model(cfg)
+    if cfg.SUITE.CHANNELS_LAST:
+        model.to(memory_format=torch.channels_last)  # convolutions follow their weights' format
+    if cfg.SUITE.COMPILE:
+        # images differ in size from batch to batch
+        model.backbone.compile(backend=cfg.SUITE.COMPILE, dynamic=True)
+    return model
+
+
 def build(cfg: CfgNode, records: list[Record]) -> Trainer:
     """Build model, optimiser and schedule on this rank; hooks are added by ``add_hooks``."""
     seed_torch(cfg.SEED)  # the same initial weights on all ranks
-    model = build_model(cfg)
+    model = build_detector(cfg)
     optimizer = OPTIMIZERS[cfg.SOLVER.OPTIMIZER](cfg, model)
     scheduler = build_lr_scheduler(cfg, optimizer)
     if comm.get_world_size() > 1:
@@ -200,6 +214,11 @@ def build(cfg: CfgNode, records: list[Record]) -> Trainer:
     return Trainer(model, EndlessBatches(cfg, records), optimizer, scheduler, dtype)
 
 
+def first_hooks(cfg: CfgNode) -> list[HookBase]:
+    """Return the hooks without which an iteration is not what it is: draws, times, schedule."""
+    return [SeedHook(cfg.SEED), hooks.IterationTimer(), hooks.LRScheduler()]
+
+
 def add_hooks(
     trainer: Trainer,
     cfg: CfgNode,
@@ -210,11 +229,7 @@ def add_hooks(
 ) -> None:
     """Register hooks in the order that matters: schedule, PreciseBN, save, evaluate, write."""
     precise = cfg.TEST.PRECISE_BN
-    all_hooks: list[HookBase] = [
-        SeedHook(cfg.SEED),
-        hooks.IterationTimer(),
-        hooks.LRScheduler(),
-    ]
+    all_hooks = first_hooks(cfg)
     if precise.ENABLED and get_bn_modules(trainer.model):
         still = cfg.clone()
         still.defrost()
@@ -229,6 +244,20 @@ def add_hooks(
             all_hooks.append(ProgressHook(cfg.SUITE.PROTOCOL))
         all_hooks.append(hooks.PeriodicWriter(writers, period=20))
     trainer.register_hooks(all_hooks)
+
+
+def check_numbers(cfg: CfgNode) -> None:
+    """Raise InputError unless AMP's dtype, the compiler's backend and the schedule make sense."""
+    if cfg.SOLVER.AMP.DTYPE not in DTYPES:
+        raise InputError(f"SOLVER.AMP.DTYPE can be {' or '.join(DTYPES)}")
+    backend = cfg.SUITE.COMPILE
+    if backend and backend not in (known := torch.compiler.list_backends(exclude_tags=())):
+        raise InputError(f"SUITE.COMPILE {backend!r} is not one of {', '.join(known)}")
+    if cfg.SOLVER.MAX_ITER in cfg.SOLVER.STEPS:  # later steps are passed over by detectron2
+        raise InputError(
+            f"SOLVER.STEPS names {cfg.SOLVER.MAX_ITER}, where SOLVER.MAX_ITER ends the training: "
+            "a step of the lr comes before or not at all"
+        )
 
 
 def check_batch(cfg: CfgNode, world_size: int) -> None:

@@ -21,6 +21,7 @@ from convert import d2
 from core import checkpoint
 from core.errors import InputError
 from core.results import sha256_of
+from detection.cfg import set_norms
 
 BACKBONE = re.compile(r"^(?:backbone\.bottom_up\.|backbone\.)?((?:stem|res[2-5]\.\d+)\..+)$")
 HEADS = ("proposal_generator.", "roi_heads.", "head.", "backbone.fpn_", "sem_seg_head.")
@@ -68,14 +69,31 @@ def read_weights(path: str | Path, converted: Path) -> Weights:
     return Weights(Path(path), converted, facts["source_sha256"], content["model"], facts, False)
 
 
-def model_shapes(cfg: CfgNode) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every tensor of the config's detector, without computing one."""
+def meta_model(cfg: CfgNode) -> nn.Module:
+    """Return the config's detector with shapes alone, on any hardware; no tensor is computed."""
     meta = cfg.clone()
     meta.defrost()
     meta.MODEL.DEVICE = "meta"
+    set_norms(meta, "BN")  # the same names and shapes
     with torch.device("meta"):
-        model = build_model(meta)
-    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        model: nn.Module = build_model(meta)
+    return model
+
+
+def model_shapes(cfg: CfgNode) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every tensor of the config's detector, without computing one."""
+    return {name: tuple(value.shape) for name, value in meta_model(cfg).state_dict().items()}
+
+
+def covered(weights: Weights, cfg: CfgNode) -> str:
+    """Return how many tensors of the config's network the weights fill: all of them.
+
+    Raises:
+        InputError: see ``match``.
+    """
+    pairs = match(weights, model_shapes(cfg))
+    what = "detector" if weights.whole else "backbone"
+    return f"{len(pairs)} of {len(pairs)} {what} tensors"
 
 
 def match(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
@@ -93,9 +111,9 @@ def match(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
         left = [n for n in weights.tensors if n not in pairs and COUNTER not in n]
         left = [n for n in left if "cell_anchors" not in n and not n.startswith("pixel_")]
     else:
-        targets = [name for name in targets if _backbone_name(name)]
-        by_name = {_backbone_name(name): name for name in weights.tensors if _backbone_name(name)}
-        pairs = {t: by_name[_backbone_name(t)] for t in targets if _backbone_name(t) in by_name}
+        targets = [name for name in targets if backbone_name(name)]
+        by_name = {backbone_name(name): name for name in weights.tensors if backbone_name(name)}
+        pairs = {t: by_name[backbone_name(t)] for t in targets if backbone_name(t) in by_name}
         used = set(pairs.values())
         left = [n for n in by_name.values() if n not in used and COUNTER not in n]
     for target, source in pairs.items():
@@ -135,7 +153,7 @@ def check_convention(weights: Weights, cfg: CfgNode, assume: bool = False) -> No
     if absent and not assume:
         raise InputError(
             f"{weights.path} does not say which {', '.join(absent)} it was trained with; if it is "
-            f"what the config says ({_describe(config_convention(cfg))}), add "
+            f"what the config says ({describe(config_convention(cfg))}), add "
             "--assume-convention, else convert it with tools/convert_to_d2.py"
         )
     has, feeds = weights.facts, config_convention(cfg)
@@ -199,7 +217,7 @@ def _as_detectron2(content: Any) -> tuple[dict[str, Tensor], dict[str, Any]] | N
     model = content.get("model", content)
     if not isinstance(model, dict) or not all(isinstance(name, str) for name in model):
         return None
-    if not any(_backbone_name(name) == "stem.conv1.weight" for name in model):
+    if not any(backbone_name(name) == "stem.conv1.weight" for name in model):
         return None
     facts = content.get("facts", {})
     tensors = {k: v for k, v in model.items() if isinstance(v, Tensor)}
@@ -212,7 +230,7 @@ def _is_torch_file(path: Path) -> bool:
         return file.read(2) == b"PK" or path.suffix in (".pth", ".pt")
 
 
-def _backbone_name(name: str) -> str:
+def backbone_name(name: str) -> str:
     """Return the name inside the residual network, "" for a tensor of another part."""
     found = BACKBONE.match(name.removeprefix("roi_heads.") if ".res5." in name else name)
     return found[1] if found else ""
@@ -233,7 +251,8 @@ def _brief(value: Any) -> str:
     return str(value)
 
 
-def _describe(convention: dict[str, Any]) -> str:
+def describe(convention: dict[str, Any]) -> str:
+    """Return an input convention in words."""
     return ", ".join(f"{key} {_brief(value)}" for key, value in convention.items())
 
 

@@ -33,7 +33,7 @@ def test_the_number_of_backbone_tensors_is_the_known_one(depth: int, tensors: in
     cfg = configs.load_cfg(
         "detection/mask_rcnn_R50_FPN_1x.yaml", ["MODEL.RESNETS.DEPTH", str(depth)]
     )
-    names = [n for n in files.model_shapes(cfg) if files._backbone_name(n) and "num_b" not in n]
+    names = [n for n in files.model_shapes(cfg) if files.backbone_name(n) and "num_b" not in n]
     assert len(names) == tensors
 
 

@@ -13,11 +13,8 @@ import argparse
 import dataclasses
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line, detectron2's with a few more flags."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_run_options(p: argparse.ArgumentParser) -> None:
+    """Add what describes a run: config, weights, hardware, data, overrides."""
     p.add_argument("--config", "--config-file", default="", help="YAML, as given or under configs/")
     p.add_argument("--weights", default="", help="backbone: ckpt_d2.pth, or raw (then converted)")
     p.add_argument("--output", default="", help="run folder (OUTPUT_DIR)")
@@ -25,11 +22,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, help="of this trial (SEED)")
     p.add_argument("--num-gpus", type=int, help="per machine; 0 runs on CPU")
     p.add_argument("--num-processes", type=int, default=0, help="CPU ranks on this machine")
-    p.add_argument("--num-machines", type=int, default=1)
-    p.add_argument("--machine-rank", type=int, default=0)
-    p.add_argument("--dist-url", default="auto", help="for several machines: tcp://HOST:PORT")
-    p.add_argument("--resume", action="store_true", help="go on with the run in --output")
-    p.add_argument("--eval-only", action="store_true", help="judge a trained detector")
     for split in ("train", "val"):
         p.add_argument(f"--{split}-json", default="", help="COCO-format annotations")
         p.add_argument(f"--{split}-images", default="", help="the folder of their images")
@@ -48,6 +40,20 @@ def parser() -> argparse.ArgumentParser:
         help="take mean, std, channel order and stride from the weights, not from the config",
     )
     p.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="config keys to change")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line, detectron2's with a few more flags."""
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_run_options(p)
+    p.add_argument("--num-machines", type=int, default=1)
+    p.add_argument("--machine-rank", type=int, default=0)
+    p.add_argument("--dist-url", default="auto", help="for several machines: tcp://HOST:PORT")
+    p.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    p.add_argument("--eval-only", action="store_true", help="judge a trained detector")
+    p.add_argument("--dry-run", action="store_true", help="check, say what would be done, and end")
     return p
 
 
