@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from convert.backbone import Backbone
@@ -70,7 +71,7 @@ def prove(
             torch.save(dict(converted), path)
             return prove(path, source_state, arch, convention)
     if convention is None:
-        convention = _convention(_facts(Path(converted)))
+        convention = convention_of(_facts(Path(converted)))
     reference = source_features(source_state, arch, convention)
     return _check_detectron2(Path(converted), reference)
 
@@ -100,7 +101,7 @@ def backbone_cfg(facts: Mapping[str, Any]) -> dict[str, Any]:
         layout = layout_of(facts["arch"])
     except ValueError as error:
         raise InputError(str(error)) from None
-    convention = _convention(facts)
+    convention = convention_of(facts)
     return {
         "MODEL.RESNETS.DEPTH": layout.depth,
         "MODEL.RESNETS.NUM_GROUPS": layout.groups,
@@ -195,12 +196,29 @@ def detectron2_features(path: Path) -> tuple[dict[str, Tensor], int, int]:
             f"detectron2 matched {len(state) - len(unfilled)} of {len(state)} backbone tensors; "
             f"unfilled is {unfilled[0]}"
         )
-    image = fixed_image().double()
-    if cfg.INPUT.FORMAT == "BGR":
-        image = image.flip(1)
-    image = (image - _column(cfg.MODEL.PIXEL_MEAN)) / _column(cfg.MODEL.PIXEL_STD)
     with torch.inference_mode():
-        return backbone(image.float()), len(state), len(state)
+        return backbone(_fed(cfg)), len(state), len(state)
+
+
+def detector_features(detector: nn.Module, cfg: CfgNode) -> dict[str, Tensor]:
+    """Return the maps of a whole detector's backbone, fed by its config, N×C×h×w by stage.
+
+    Args:
+        detector: on CPU; put into eval mode.
+        cfg: its config, of which mean, std and channel order matter here.
+    """
+    parts: Any = detector.eval()
+    network = getattr(parts.backbone, "bottom_up", parts.backbone)
+    stages = [("stem", network.stem), *zip(network.stage_names, network.stages, strict=True)]
+    if "res5" not in network.stage_names:  # C4: it stands in the box head, perhaps before a norm
+        blocks = [b for name, b in parts.roi_heads.res5.named_children() if name != "norm"]
+        stages.append(("res5", nn.Sequential(*blocks)))
+    maps = {}
+    with torch.inference_mode():
+        x = _fed(cfg)
+        for name, stage in stages:
+            x = maps[name] = stage(x)
+    return {name: value for name, value in maps.items() if name in STAGES}
 
 
 def compare(reference: Mapping[str, Tensor], maps: Mapping[str, Tensor]) -> dict[str, float]:
@@ -218,7 +236,7 @@ def compare(reference: Mapping[str, Tensor], maps: Mapping[str, Tensor]) -> dict
 
 def _check_detectron2(path: Path, reference: Mapping[str, Tensor]) -> Parity:
     maps, matched, expected = detectron2_features(path)
-    return _judged(Parity(compare(reference, maps), matched, expected))
+    return judged(Parity(compare(reference, maps), matched, expected))
 
 
 def _check_torchvision(path: Path, reference: Mapping[str, Tensor]) -> Parity:
@@ -246,10 +264,11 @@ def _check_torchvision(path: Path, reference: Mapping[str, Tensor]) -> Parity:
         maps = {}
         for name, stage in zip(STAGES, ("layer1", "layer2", "layer3", "layer4"), strict=True):
             x = maps[name] = getattr(network, stage)(x)
-    return _judged(Parity(compare(reference, maps), len(state), len(state), "torchvision"))
+    return judged(Parity(compare(reference, maps), len(state), len(state), "torchvision"))
 
 
-def _judged(parity: Parity) -> Parity:
+def judged(parity: Parity) -> Parity:
+    """Return what was found; raise InputError, naming the first stage that differs too much."""
     for stage, difference in parity.differences.items():
         if not difference <= TOLERANCE:
             raise InputError(
@@ -267,7 +286,8 @@ def _facts(path: Path) -> dict[str, Any]:
     return facts
 
 
-def _convention(facts: Mapping[str, Any]) -> Convention:
+def convention_of(facts: Mapping[str, Any]) -> Convention:
+    """Return what the facts of a converted file say of its input."""
     (r, g, b), (dr, dg, db) = ([float(v) for v in facts[key]] for key in ("mean", "std"))
     order, stride = facts["channel_order"], bool(facts["stride_in_1x1"])
     return Convention((r, g, b), (dr, dg, db), order, stride)
@@ -282,6 +302,15 @@ def _specification(layout: Layout) -> Architecture:
 
 def _general(layout: Layout) -> ResNet:
     return ResNet(layout.arch, _specification(layout), 1)
+
+
+def _fed(cfg: CfgNode) -> Tensor:
+    """Return the fixed image as a detector of this config feeds it to its backbone."""
+    image = fixed_image().double()
+    if cfg.INPUT.FORMAT == "BGR":
+        image = image.flip(1)
+    image = (image - _column(cfg.MODEL.PIXEL_MEAN)) / _column(cfg.MODEL.PIXEL_STD)
+    return image.float()
 
 
 def _column(values: Any) -> Tensor:

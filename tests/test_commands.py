@@ -108,6 +108,17 @@ TOY: dict[str, tuple[dict[str, str], str]] = {
         },
         f"--output {{runs}}/detection_any {TINY_NET} {R18}",
     ),
+    "tools/train_net.py --config detection/mask_rcnn_R50_FPN_1x.yaml --weights ckpt_d2.pth "
+    "--num-gpus 8 --dry-run": (
+        {"ckpt_d2.pth": "{runs}/ckpt_d2.pth"},
+        f"{TINY_COCO} --output {{runs}}/planned {TINY_NET} SOLVER.IMS_PER_BATCH 8 {R18}",
+    ),
+    "tools/preflight.py --config detection/mask_rcnn_R50_FPN_1x.yaml --weights ckpt_d2.pth "
+    "--num-gpus 8": (
+        {"ckpt_d2.pth": "{runs}/ckpt_d2.pth", "--num-gpus 8": "--num-gpus 0"},
+        f"{TINY_COCO} --output {{runs}}/planned {TINY_NET} {R18} "
+        "--images 2 --only keys,parity,stem,input,memory,evaluate,resume",
+    ),
     "tools/run_transfer.py --config transfer/cub200_linear.yaml --weights ckpt.pth": (
         {"ckpt.pth": "{runs}/r18/checkpoints/epoch_0001.pth"},
         f"--output {{runs}}/linear methods [linear] data.workers 0 {TINY_NPZ}",
