@@ -9,6 +9,10 @@ with several pairs these are drawn with replacement too, so that the interval kn
 chance, the images and the seeds. Two or three seeds say little about seeds (too narrow); noise that
 each image and seed has of its own is drawn twice (too wide).
 
+Interpolated precision overestimates on few images, and a draw, with its repeated images, does so
+once more. The draws' spread therefore counts and not their level: the interval is moved so that
+their mean lies on Δ. It says how far Δ varies between validation sets of this size.
+
 Shapes: I images, D detections of a class by falling score, P of them true positives, B draws,
 T IoU thresholds.
 """
@@ -126,7 +130,8 @@ def compare(
         if not np.isfinite(delta) or not drawn.size:
             found[metric] = Comparison(None, None, None)
             continue
-        low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        around = drawn - drawn.mean() + delta
+        low, high = np.quantile(around, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         found[metric] = Comparison(float(delta), float(low), float(high))
     return found
 

@@ -72,7 +72,10 @@ def evaluate_saved(json_path: Path, detections_path: Path, backend: str) -> list
 
 def record(evaluations: list[Evaluation], folder: Path, **identity: Any) -> Path:
     """Write ``coco_metrics.json`` and append result rows; return the file of the rows."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output folder {folder} cannot be made: {error.strerror}") from None
     report(evaluations, folder)
     rows = result_rows(evaluations, **identity, split="val", run=str(folder))
     append_rows(folder / ROWS_FILE, rows)

@@ -127,6 +127,14 @@ def test_without_a_difference_few_are_called_real() -> None:
     assert real / 100 <= 0.13
 
 
+def test_the_level_of_the_draws_is_no_matter_but_their_spread() -> None:
+    """Repeated images raise the AP of weak detectors: here every draw by five points."""
+    drawn = np.concatenate([[3.0], 8 + np.linspace(-1, 1, 101)])
+    ours = np.tile(drawn / 100, (10, 1))
+    found = compare([ours], [np.zeros_like(ours)], np.random.default_rng(0))["AP"]
+    assert (found.delta, found.low, found.high) == pytest.approx((3, 3 - 0.95, 3 + 0.95))
+
+
 def test_with_several_trials_the_interval_knows_of_their_spread() -> None:
     """Each trial alone is certain about its Δ; the trials disagree from −1 to +3."""
     ones = np.ones((10, 101)) / 100
