@@ -257,3 +257,16 @@ def test_a_dry_run_draws_no_data_into_the_checkout(
     kept = catalogue.open_named("shapes_val", shapes)
     assert kept.json.is_relative_to(tmp_path / "datasets")
     assert catalogue.open_named("shapes_val", shapes, tmp_path / "scratch").json == kept.json
+
+
+def test_features_are_found_where_a_c4_detector_keeps_its_last_stage(
+    data: Path, tmp_path: Path
+) -> None:
+    path = write_backbone(tmp_path / "r50.pth", backbone(50), arch="resnet50")
+    asked = request(data, tmp_path / "run", weights=str(path))
+    c4 = dataclasses.replace(asked, config="detection/mask_rcnn_R50_C4_1x.yaml", overrides=())
+    mark, fact = _found(c4, "parity")["parity"]
+    assert (mark, "res5" in fact) == (PASSED, True)
+    strided = ["MODEL.RESNETS.STRIDE_IN_1X1", "True"]  # every name and shape still matches
+    found = _found(dataclasses.replace(c4, overrides=strided), "keys,parity")
+    assert [found[name][0] for name in ("keys", "parity")] == [PASSED, FAILED]
