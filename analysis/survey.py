@@ -5,6 +5,7 @@ that should be there and is not can be told from one that a training still has t
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,12 @@ class Survey:
         """Return a sentence for each kind of absence, with number and names."""
         said = []
         if self.missing:
-            said.append(f"{len(self.missing)} epochs are missing: {_listed(self.missing)}")
-        for path, reason in self.unreadable:
-            said.append(f"unreadable: {path.name} ({reason})")
+            said.append(f"{_epochs(self.missing)} missing: {_listed(self.missing)}")
+        if self.unreadable:
+            named = "; ".join(f"{path.name} ({reason})" for path, reason in self.unreadable)
+            said.append(f"{_epochs(self.unreadable)} unreadable: {named}")
         if self.unwritten:
-            said.append(f"{len(self.unwritten)} epochs not written yet: {_listed(self.unwritten)}")
+            said.append(f"{_epochs(self.unwritten)} not written yet: {_listed(self.unwritten)}")
         return said
 
 
@@ -134,6 +136,10 @@ def _schedule_beside(run: Path) -> Schedule:
 def _wanted(number: int, every: int, schedule: Schedule, last: int) -> bool:
     kept = {0, schedule.boundary, schedule.total if schedule.saved else last}
     return number % max(1, every) == 0 or number in kept
+
+
+def _epochs(some: Sequence[object]) -> str:
+    return f"{len(some)} epoch{'s' * (len(some) != 1)}"
 
 
 def _listed(numbers: list[int]) -> str:

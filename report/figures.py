@@ -56,7 +56,7 @@ def curves_figure(
     Args:
         curves: (initialisation, points), each averaged down to 80 points.
     """
-    with _look():
+    with figure_style():
         figure = Figure(figsize=(3.5, 2.4), layout="constrained")
         axes = figure.add_subplot()
         for init, curve in curves:
@@ -81,7 +81,7 @@ def trials_figure(table: Table, metric: str, style: dict[str, Style]) -> Figure:
         for line in table.published
         if isinstance(value := line.values[metric], float)
     }
-    with _look():
+    with figure_style():
         figure = Figure(figsize=(3.5, 0.7 + 0.4 * max(1, len(measured))), layout="constrained")
         axes = figure.add_subplot()
         for place, line in enumerate(measured):
@@ -128,7 +128,7 @@ def save_figure(figure: Figure, folder: str | Path, name: str) -> list[Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png", folder / f"{name}.svg"]
-    with _look():
+    with figure_style():
         figure.savefig(paths[0], dpi=200, facecolor=PAPER, metadata={"Software": None})
         figure.savefig(paths[1], facecolor=PAPER, metadata={"Date": None, "Creator": None})
     return paths
@@ -142,7 +142,7 @@ def inline_svg(figure: Figure, name: str, description: str) -> str:
         description: what the figure shows, for those who do not see it.
     """
     buffer = io.StringIO()
-    with _look():
+    with figure_style():
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -165,7 +165,7 @@ def _words(metric: str) -> str:
 
 
 @contextmanager
-def _look() -> Iterator[None]:
+def figure_style() -> Iterator[None]:
     """Set fonts, ink and grid for figures made inside; global settings stay as they were."""
     settings: dict[Any, Any] = {
         "text.parse_math": False,

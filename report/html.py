@@ -27,6 +27,8 @@ from report.sections import (
     published_elsewhere,
 )
 from report.tables import Options, Table, build_tables, heading, short_code
+from report.timeline import Course, axis, courses, gather, is_timeline, to_csv
+from report.timeline_figures import draw
 
 HEADINGS = {"time": "seconds per iteration", "data_time": "of these waiting for data, seconds"}
 
@@ -49,6 +51,7 @@ def write_report(runs: Sequence[Run], folder: str | Path, page: Page) -> list[Ta
     """Write table.{md,tex,csv}, report.html and figures/ into ``folder``; return the tables.
 
     Overviews, where there are several tables to join, come first and have CSV files of their own.
+    Timelines have figures and timeline.csv in place of tables.
 
     Args:
         runs: as ``report.runs.find_runs`` gives them.
@@ -56,9 +59,12 @@ def write_report(runs: Sequence[Run], folder: str | Path, page: Page) -> list[Ta
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row for run in runs for row in run.rows]
-    tables = [with_intervals(t, page.intervals) for t in build_tables(rows, page.options)]
+    moments = [row for row in rows if not is_timeline(row)]
+    tables = [with_intervals(t, page.intervals) for t in build_tables(moments, page.options)]
     tables = [*overviews(tables, page.options), *tables]
     write_tables(tables, folder)
+    if len(moments) < len(rows):
+        (folder / "timeline.csv").write_text(to_csv(gather(rows)), encoding="utf-8")
     (folder / "report.html").write_text(render(runs, tables, folder, page), encoding="utf-8")
     return tables
 
@@ -78,7 +84,8 @@ def write_tables(tables: Sequence[Table], folder: Path) -> None:
 
 def render(runs: Sequence[Run], tables: Sequence[Table], folder: Path, page: Page) -> str:
     """Return the page; its figures are also saved under ``folder/figures``."""
-    inits = [*page.options.order, *(run.init for run in runs)]
+    rows = [row for run in runs for row in run.rows]
+    inits = [*page.options.order, *(run.init for run in runs), *(row.init for row in rows)]
     style = styles(inits)
     labels = {init: page.options.labels.get(init) or init for init in dict.fromkeys(inits)}
     keep = _FigureKeeper(folder / "figures")
@@ -93,13 +100,15 @@ def render(runs: Sequence[Run], tables: Sequence[Table], folder: Path, page: Pag
     single = [table for table in tables if not table.name]
     now = datetime.datetime.now(datetime.UTC)
     judged = judged_groups(runs, single)
-    codes = sorted({row.code for run in runs for row in run.rows})
+    codes = sorted({row.code for row in rows})
     return environment.get_template("report.html.j2").render(
         page=page,
         made=now.strftime("%d %B %Y, %H:%M UTC").lstrip("0"),
         codes=[short_code(code) for code in codes],
         tables=[_view(n, table, style, page, keep) for n, table in enumerate(tables)],
         gallery=draw_gallery(runs, labels, page.images, page.score),
+        labels=labels,
+        timelines=_timelines(rows, style, labels, keep),
         curves=_drawn(curve_groups(runs), style, labels, keep),
         provenance=provenance(runs, labels),
         configs=[(f"{r.path.parent.name}/{r.path.name}", r.config) for r in runs if r.config],
@@ -202,3 +211,43 @@ def _drawn(
         legend = [(labels[init], style[init]) for init in style if init in inits]
         views.append({"title": group.title, "figures": figures, "legend": legend})
     return views
+
+
+def _timelines(
+    rows: Sequence[ResultRow],
+    style: dict[str, Style],
+    labels: dict[str, str],
+    keep: _FigureKeeper,
+) -> list[dict[str, Any]]:
+    """Return, per protocol of a timeline, its figures with their captions, and its courses."""
+    if not any(map(is_timeline, rows)):
+        return []
+    views = []
+    for protocol, data in gather(rows, list(style), labels).items():
+        figures = []
+        for one in draw(data, style):
+            name = "".join(c if c.isalnum() else "-" for c in f"timeline-{protocol}-{one.name}")
+            figures.append((keep.keep(one.figure, name.lower(), one.description), one.description))
+        lines = [_course(course, data.name(course.dataset)) for course in courses(data)]
+        views.append({"title": protocol, "figures": figures, "courses": lines})
+    return views
+
+
+def _course(course: Course, place: str) -> dict[str, Any]:
+    """Return a course as words and numbers; three decimals below 10, else two."""
+    decimals = 3 if max(abs(course.highest[1]), abs(course.last[1])) < 10 else 2
+    several = len(course.seeds) > 1
+
+    def spread(mean: float, std: float, sign: bool = False) -> str:
+        value = (formats.signed if sign else formats.number)(mean, decimals)
+        return f"{value} ± {formats.number(std, decimals)}" if several else value
+
+    return {
+        "quantity": axis(course.metric),
+        "place": f"{place}, {course.split}",
+        "init": course.init,
+        "highest": (course.highest[0], course.highest[1], spread(*course.highest[1:])),
+        "last": (course.last[0], course.last[1], spread(*course.last[1:])),
+        "change": (course.change[0], spread(*course.change, sign=True)),
+        "seeds": len(course.seeds),
+    }

@@ -9,6 +9,7 @@ from core.results import latest
 from report.reference import PublishedTable, load_reference
 from report.runs import Curve, Run
 from report.tables import FAMILIES, Table
+from report.timeline import is_timeline
 
 PRETRAIN_CURVES = ("loss", "loss_ce", "loss_ias", "loss_ips", "top1")  # then any other loss_*
 DETECTION_CURVES = ("total_loss", "loss_cls", "loss_box_reg", "loss_mask")  # then other losses
@@ -41,28 +42,25 @@ def curve_groups(runs: Sequence[Run]) -> list[CurveGroup]:
 
 
 def provenance(runs: Sequence[Run], labels: dict[str, str]) -> list[dict[str, Any]]:
-    """Return one entry per run, measurement place and weights: where its rows come from."""
+    """Return one entry per run, measurement place and weights: where its rows come from.
+
+    A timeline, which has hundreds of those, is one entry a data set: that of its newest row.
+    """
     entries: dict[tuple[Any, ...], dict[str, Any]] = {}
     for run in runs:
         for row in latest(run.rows):
-            key = (
-                run.path,
-                row.protocol,
-                row.dataset,
-                row.split,
-                row.weights,
-                row.config,
-                row.code,
-            )
-            if key not in entries:
-                entries[key] = {
+            key: tuple[Any, ...] = (run.path, row.protocol, row.dataset, row.code)
+            if not is_timeline(row):
+                key += (row.split, row.weights, row.config)
+            found = entries.setdefault(key, {"count": 0})
+            if is_timeline(row) or not found["count"]:
+                found |= {
                     "row": row,
                     "label": labels.get(row.init, row.init),
                     "run": f"{run.path.parent.name}/{run.path.name}",
                     "details": ", ".join(_words(row.details)),
-                    "count": 0,
                 }
-            entries[key]["count"] += 1
+            found["count"] += 1
     return list(entries.values())
 
 

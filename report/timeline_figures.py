@@ -1,46 +1,40 @@
 """A run over time, drawn: the trade-off, the informations, their plane, methods compared.
 
-Everything is read from result rows of step "analysis". What is drawn is first gathered as plain
-numbers (``series``, ``paths``, ``correlation``), so that it can be checked without looking.
+``report.timeline`` gathers what is drawn from result rows.
 """
 
 import dataclasses
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from core.config import InputError
-from core.results import ResultRow, latest
-from report.figures import INK, Style, save_figure, styles
-from report.figures import _look as figure_style
+from core.results import ResultRow
+from report.figures import INK, Style, figure_style, save_figure, styles
+from report.timeline import (
+    ESTIMATORS,
+    MINE,
+    NAMES,
+    NMI,
+    PROBE,
+    RECALL,
+    TY,
+    XT,
+    Band,
+    Data,
+    axis,
+    correlation,
+    gather,
+    information,
+    paths,
+    scatter,
+    series,
+)
 
 WIDTH = 3.4  # inches: one column of a paper
 PANEL = 1.75  # inches: height of one panel
 BOUNDARY = "start of stage 2"
-XT, TY, PROBE, RECALL, NMI = "mi_xt", "mi_ty", "linear/top1", "recall@1", "nmi"
-NAMES = {
-    RECALL: "Recall@1 (%)",
-    NMI: "NMI (0…1)",
-    PROBE: "linear probe, top-1 (%)",
-    XT: "I(X;T) (nat)",
-    TY: "I(T;Y) (nat)",
-    "h_t_bound": "bound on H(T) (nat)",
-    "effective_rank": "effective rank (1)",
-    "feature_norm": "feature norm (1)",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Band:
-    """A quantity over epochs: mean and std over the seeds that measured every one of them."""
-
-    epochs: list[int]
-    mean: list[float]
-    std: list[float]  # n − 1 in the denominator; 0 for one seed
-    seeds: list[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,107 +46,16 @@ class Drawn:
     description: str  # for those who do not see it, and as a caption
 
 
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """The rows of one protocol, and what they are of."""
-
-    rows: list[ResultRow]
-    source: str
-    targets: list[str]
-    inits: list[str]
-    boundaries: dict[str, int]  # last epoch of stage 1, of the initialisations that have a stage 2
-
-
-def gather(rows: Iterable[ResultRow]) -> dict[str, Data]:
-    """Return the analysis rows by protocol, the newest of each measurement.
+def timeline_figures(rows: Iterable[ResultRow]) -> list[Drawn]:
+    """Draw all figures that the rows can fill.
 
     Raises:
-        InputError: there are none.
+        InputError: no row is of a timeline.
     """
-    found: dict[str, list[ResultRow]] = {}
-    for row in latest(rows):
-        if row.step == "analysis" and row.value is not None and row.epoch is not None:
-            found.setdefault(row.protocol, []).append(row)
-    if not found:
-        raise InputError("no rows of step analysis: run tools/run_analysis.py --run … first")
-    return {protocol: _data(many) for protocol, many in found.items()}
-
-
-def _data(rows: list[ResultRow]) -> Data:
-    roles = {row.dataset: row.details.get("role", "target") for row in rows}
-    sources = [name for name, role in roles.items() if role == "source"]
-    boundaries = {row.init: row.details.get("boundary") for row in rows}
-    inits = sorted({row.init for row in rows}, key=lambda init: (init == "ctc", init))
-    return Data(
-        rows,
-        sources[0] if sources else "",
-        [name for name, role in roles.items() if role != "source"],
-        inits,
-        {init: int(epoch) for init, epoch in boundaries.items() if epoch},
-    )
-
-
-def series(data: Data, init: str, metric: str, dataset: str, split: str = "") -> Band:
-    """Return a quantity over the epochs that all seeds of an initialisation have.
-
-    Args:
-        split: "": the one that the metric was read on; Recall@1 and NMI of the source on train.
-    """
-    values: dict[int, dict[int, float]] = {}
-    for row in _select(data, init, metric, dataset, split):
-        assert row.epoch is not None
-        assert row.value is not None
-        values.setdefault(row.seed, {})[row.epoch] = row.value
-    if not values:
-        return Band([], [], [], [])
-    epochs = sorted(set.intersection(*(set(one) for one in values.values())))
-    columns = [[one[epoch] for one in values.values()] for epoch in epochs]
-    std = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns]
-    return Band(epochs, [statistics.fmean(column) for column in columns], std, sorted(values))
-
-
-def paths(data: Data, init: str, dataset: str) -> list[tuple[int, float, float]]:
-    """Return (epoch, I(X;T), I(T;Y)) in order: an initialisation's way through the plane."""
-    x, y = series(data, init, XT, dataset), series(data, init, TY, dataset)
-    right = dict(zip(y.epochs, y.mean, strict=True))
-    pairs = zip(x.epochs, x.mean, strict=True)
-    return [(epoch, value, right[epoch]) for epoch, value in pairs if epoch in right]
-
-
-def scatter(data: Data, init: str, dataset: str) -> list[tuple[float, float]]:
-    """Return (I(X;T), probe) on a target for each seed and epoch but the untrained epoch 0."""
-    found: dict[tuple[int, Any], list[float | None]] = {}
-    for place, metric in enumerate((XT, PROBE)):
-        for row in _select(data, init, metric, dataset, ""):
-            if row.epoch:
-                found.setdefault((row.seed, row.epoch), [None, None])[place] = row.value
-    return [(a, b) for a, b in found.values() if a is not None and b is not None]
-
-
-def correlation(points: Sequence[tuple[float, float]]) -> float | None:
-    """Return Pearson's r, or None where it is not defined (under 3 points, or one is constant)."""
-    if len(points) < 3:
-        return None
-    xs, ys = zip(*points, strict=True)
-    if len(set(xs)) == 1 or len(set(ys)) == 1:
-        return None
-    return statistics.correlation(xs, ys)
-
-
-def timeline_figures(rows: Iterable[ResultRow]) -> list[Drawn]:
-    """Draw all figures that the rows can fill."""
     gathered, drawn = gather(rows), []
     for protocol, data in gathered.items():
         head = f"{protocol}_" if len(gathered) > 1 else ""
-        with figure_style():
-            figures = [
-                *(tradeoff(data, init) for init in data.inits),
-                *(informations(data, init) for init in data.inits),
-                plane(data),
-                *(compared(data) if len(data.inits) > 1 else []),
-                correlated(data),
-            ]
-        drawn += [dataclasses.replace(one, name=head + one.name) for one in figures if one]
+        drawn += [dataclasses.replace(d, name=head + d.name) for d in draw(data)]
     return drawn
 
 
@@ -162,12 +65,30 @@ def save_timeline_figures(rows: Iterable[ResultRow], folder: str | Path) -> list
     return [path for one in drawn for path in save_figure(one.figure, folder, one.name)]
 
 
+def draw(data: Data, looks: Mapping[str, Style] | None = None) -> list[Drawn]:
+    """Draw all figures of one protocol.
+
+    Args:
+        looks: how each initialisation is drawn; None: by position.
+    """
+    looks = looks or styles(data.inits)
+    with figure_style():
+        figures = [tradeoff(data, init) for init in data.inits]
+        if len(data.inits) > 1:
+            figures += [compared(data, name, looks) for name in data.places]
+        for kind in data.estimators:
+            figures += [informations(data, init, kind) for init in data.inits]
+            figures += [plane(data, looks, kind), correlated(data, looks, kind)]
+        figures += [companions(data, name, looks) for name in data.places]
+    return [one for one in figures if one]
+
+
 def tradeoff(data: Data, init: str) -> Drawn | None:
     """Draw discriminability (left axis) and transferability (right axis) against epochs."""
     left = [("← Recall@1", series(data, init, RECALL, data.source, "train"), 1.0)]
     left.append(("← NMI × 100", series(data, init, NMI, data.source, "train"), 100.0))
     right = [(f"{name} →", series(data, init, PROBE, name), 1.0) for name in data.targets]
-    if not any(band.epochs for _, band, _ in (*left, *right)):
+    if not _is_course(band for _, band, _ in (*left, *right)):
         return None
     figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
     axes = figure.add_subplot()
@@ -184,48 +105,44 @@ def tradeoff(data: Data, init: str) -> Drawn | None:
     _legend(figure, handles)
     return Drawn(
         f"tradeoff_{init}", figure,
-        f"{init}: Recall@1 and NMI on the training images of {data.source} (left), and top-1 of "
-        f"a linear probe on {_listed(data.targets)} (right), against epochs{_seeds(left[0][1])}",
+        f"{data.label(init)}: Recall@1 and NMI on the training images of {data.source} (left), and "
+        f"top-1 of a linear probe on {_listed(data.targets)} (right), against epochs"
+        f"{_seeds(left[0][1])}",
     )  # fmt: skip
 
 
-def informations(data: Data, init: str) -> Drawn | None:
+def informations(data: Data, init: str, estimator: str = MINE) -> Drawn | None:
     """Draw I(X;T) and I(T;Y) against epochs, on source and targets."""
-    places = [data.source, *data.targets]
-    bands = {(m, name): series(data, init, m, name) for m in (XT, TY) for name in places}
-    if not any(band.epochs for band in bands.values()):
+    metrics = [information(quantity, estimator) for quantity in (XT, TY)]
+    bands = {(m, name): series(data, init, m, name) for m in metrics for name in data.places}
+    if not _is_course(bands.values()):
         return None
     figure = Figure(figsize=(WIDTH, 0.4 + 2 * PANEL), layout="constrained")
     panels = figure.subplots(2, 1, sharex=True)
-    looks = styles(places)
-    for axes, metric in zip(panels, (XT, TY), strict=True):
-        for name in places:
-            label = f"{name} ({'source' if name == data.source else 'target'})"
-            _line(axes, bands[metric, name], label, looks[name])
-        axes.set_ylabel(NAMES[metric])
-        _finish(axes, data, [init], last=metric == TY)
+    looks, first = styles(data.places), bands[metrics[0], data.places[0]]
+    for axes, metric in zip(panels, metrics, strict=True):
+        for name in data.places:
+            _line(axes, bands[metric, name], data.name(name), looks[name])
+        axes.set_ylabel(axis(metric))
+        _finish(axes, data, [init], last=axes is panels[-1])
     _legend(figure, panels[0].get_legend_handles_labels()[0])
     return Drawn(
-        f"information_{init}", figure,
-        f"{init}: mutual information of images and features, I(X;T), and of features and labels, "
-        f"I(T;Y), on {data.source} (source) and {_listed(data.targets)} (target), against epochs",
+        f"information_{init}{_tail(estimator)}", figure,
+        f"{data.label(init)}: mutual information of images and features, I(X;T), and of features "
+        f"and labels, I(T;Y), by {_by(estimator)}, on {data.source} (source) and "
+        f"{_listed(data.targets)} (target), against epochs{_seeds(first)}",
     )  # fmt: skip
 
 
-def plane(data: Data) -> Drawn | None:
+def plane(data: Data, looks: Mapping[str, Style], estimator: str = MINE) -> Drawn | None:
     """Draw the information plane: a panel a data set, a marker a method, a colour an epoch."""
-    ways = {
-        (name, init): paths(data, init, name)
-        for name in (data.source, *data.targets)
-        for init in data.inits
-    }
-    names = [n for n in (data.source, *data.targets) if any(ways[n, i] for i in data.inits)]
+    ways = {(n, init): paths(data, init, n, estimator) for n in data.places for init in data.inits}
+    names = [name for name in data.places if any(ways[name, init] for init in data.inits)]
     if not names:
         return None
     last = max(epoch for way in ways.values() for epoch, _, _ in way)
     figure = Figure(figsize=(WIDTH, 0.5 + PANEL * len(names)), layout="constrained")
     panels = figure.subplots(len(names), 1, squeeze=False)[:, 0]
-    looks = styles(data.inits)
     for axes, name in zip(panels, names, strict=True):
         for init in data.inits:
             way = ways[name, init]
@@ -234,96 +151,103 @@ def plane(data: Data) -> Drawn | None:
             epochs, xs, ys = zip(*way, strict=True)
             axes.plot(xs, ys, color=INK, linewidth=0.5, alpha=0.4)
             dots = axes.scatter(
-                xs, ys, c=epochs, cmap="viridis", vmin=0, vmax=last, s=22,
-                marker=looks[init].marker, label=init, edgecolors=INK, linewidths=0.4,
+                xs, ys, c=epochs, cmap="viridis", vmin=0, vmax=last, s=22, edgecolors=INK,
+                marker=looks[init].marker, label=data.label(init), linewidths=0.4,
             )  # fmt: skip
-        axes.set_title(f"{name} ({'source' if name == data.source else 'target'})", loc="left")
-        axes.set_ylabel(NAMES[TY])
+        axes.set_title(data.name(name), loc="left")
+        axes.set_ylabel(axis(information(TY, estimator)))
         axes.grid()
-    panels[-1].set_xlabel(NAMES[XT])
+    panels[-1].set_xlabel(axis(information(XT, estimator)))
     figure.colorbar(dots, ax=list(panels), label="epoch", shrink=0.8)
     _legend(figure, panels[0].get_legend_handles_labels()[0])
     return Drawn(
-        "plane", figure,
-        f"Information plane: I(X;T) against I(T;Y) on {_listed(names)}, coloured by epoch, "
-        f"a marker for each of {_listed(data.inits)}; means over seeds",
+        f"plane{_tail(estimator)}", figure,
+        f"Information plane: I(X;T) against I(T;Y), by {_by(estimator)}, on {_listed(names)}, "
+        f"coloured by epoch, a marker for each of {_listed(list(map(data.label, data.inits)))}; "
+        "means over seeds",
     )  # fmt: skip
 
 
-def compared(data: Data) -> list[Drawn]:
-    """Draw the methods over each other, mean ± std over seeds; a figure a data set."""
-    figures = []
-    for name in (data.source, *data.targets):
-        is_source = name == data.source
-        wanted = [(RECALL, "train"), (NMI, "train")] if is_source else [(PROBE, "")]
-        wanted += [(XT, ""), (TY, "")]
-        bands = {
-            metric: {init: series(data, init, metric, name, split) for init in data.inits}
-            for metric, split in wanted
-        }
-        bands = {m: found for m, found in bands.items() if any(b.epochs for b in found.values())}
-        if not bands:
-            continue
-        figure = Figure(figsize=(WIDTH, 0.6 + PANEL * len(bands)), layout="constrained")
-        panels = figure.subplots(len(bands), 1, squeeze=False, sharex=True)[:, 0]
-        looks = styles(data.inits)
-        for axes, (metric, found) in zip(panels, bands.items(), strict=True):
-            for init, band in found.items():
-                _line(axes, band, init, looks[init])
-            axes.set_ylabel(NAMES[metric])
-            _finish(axes, data, data.inits, last=axes is panels[-1])
-        panels[0].set_title(f"{name} ({'source' if is_source else 'target'})", loc="left")
-        _legend(figure, panels[0].get_legend_handles_labels()[0])
-        counts = [f"{init} {len(band.seeds)}" for init, band in found.items()]
-        figures.append(
-            Drawn(
-                f"compared_{name}", figure,
-                f"{_listed(data.inits)} on {name} against epochs: mean and, as a band, ± one "
-                f"standard deviation over seeds (their number: {', '.join(counts)})",
-            )
-        )  # fmt: skip
-    return figures
+def compared(data: Data, name: str, looks: Mapping[str, Style]) -> Drawn | None:
+    """Draw the methods over each other on a data set, mean ± std over seeds."""
+    wanted = [(RECALL, "train"), (NMI, "train")] if name == data.source else [(PROBE, "")]
+    for estimator in data.estimators[:1]:
+        wanted += [(information(quantity, estimator), "") for quantity in (XT, TY)]
+    return _panels(data, name, looks, wanted, "compared")
 
 
-def correlated(data: Data) -> Drawn | None:
+def companions(data: Data, name: str, looks: Mapping[str, Style]) -> Drawn | None:
+    """Draw what tells the rest: the bound on H(T), rank and norm, and further estimators."""
+    metrics = [
+        *(information(quantity, kind) for kind in data.estimators[1:] for quantity in (XT, TY)),
+        "h_t_bound", "effective_rank", "feature_norm",
+    ]  # fmt: skip
+    return _panels(data, name, looks, [(metric, "") for metric in metrics], "companions")
+
+
+def _panels(
+    data: Data,
+    name: str,
+    looks: Mapping[str, Style],
+    wanted: Sequence[tuple[str, str]],
+    head: str,
+) -> Drawn | None:
+    """Draw (metric, split) against epochs on one data set, a panel each, the methods together."""
+    bands = {
+        metric: {init: series(data, init, metric, name, split) for init in data.inits}
+        for metric, split in wanted
+    }
+    bands = {metric: found for metric, found in bands.items() if _is_course(found.values())}
+    if not bands:
+        return None
+    figure = Figure(figsize=(WIDTH, 0.6 + PANEL * len(bands)), layout="constrained")
+    panels = figure.subplots(len(bands), 1, squeeze=False, sharex=True)[:, 0]
+    for axes, (metric, found) in zip(panels, bands.items(), strict=True):
+        for init, band in found.items():
+            _line(axes, band, data.label(init), looks[init])
+        axes.set_ylabel(axis(metric))
+        _finish(axes, data, data.inits, last=axes is panels[-1])
+    panels[0].set_title(data.name(name), loc="left")
+    _legend(figure, panels[0].get_legend_handles_labels()[0])
+    counts = [f"{data.label(i)} {len(band.seeds)}" for i, band in found.items() if band.seeds]
+    return Drawn(
+        f"{head}_{name}", figure,
+        f"{_listed(list(map(data.label, data.inits)))} on {name} against epochs: mean and, as a "
+        f"band, ± one standard deviation over seeds (their number: {', '.join(counts)})",
+    )  # fmt: skip
+
+
+def correlated(data: Data, looks: Mapping[str, Style], estimator: str = MINE) -> Drawn | None:
     """Draw transfer accuracy against I(X;T) on each target, a point a checkpoint."""
-    points = {(n, i): scatter(data, i, n) for n in data.targets for i in data.inits}
+    points = {(n, i): scatter(data, i, n, estimator) for n in data.targets for i in data.inits}
     names = [n for n in data.targets if any(points[n, i] for i in data.inits)]
     if not names:
         return None
     figure = Figure(figsize=(WIDTH, 0.5 + PANEL * len(names)), layout="constrained")
     panels = figure.subplots(len(names), 1, squeeze=False)[:, 0]
-    looks, said = styles(data.inits), []
+    said = []
     for axes, name in zip(panels, names, strict=True):
         together = [point for init in data.inits for point in points[name, init]]
-        r = correlation(together)
-        said.append(f"{name}: r = {'–' if r is None else f'{r:.2f}'} (n = {len(together)})")
-        for init in data.inits:
-            xs, ys = [p[0] for p in points[name, init]], [p[1] for p in points[name, init]]
+        inits = [init for init in data.inits if points[name, init]]
+        title = f"{name}: r = {_r(together)} (n = {len(together)})"
+        alone = [f"{data.label(init)} {_r(points[name, init])}" for init in inits]
+        said.append(f"{title}, within {', '.join(alone)}" if len(alone) > 1 else title)
+        for init in inits:
+            xs, ys = zip(*points[name, init], strict=True)
             axes.scatter(
-                xs, ys, s=16, marker=looks[init].marker, color=looks[init].colour, label=init,
-                alpha=0.8, linewidths=0,
+                xs, ys, s=16, marker=looks[init].marker, color=looks[init].colour,
+                label=data.label(init), alpha=0.8, linewidths=0,
             )  # fmt: skip
-        axes.set_title(said[-1], loc="left")
+        axes.set_title(title, loc="left")
         axes.set_ylabel(NAMES[PROBE])
         axes.grid()
-    panels[-1].set_xlabel(f"{NAMES[XT]} on the target")
+    panels[-1].set_xlabel(f"{axis(information(XT, estimator))} on the target")
     _legend(figure, panels[0].get_legend_handles_labels()[0])
     return Drawn(
-        "correlation", figure,
-        "Transfer accuracy against I(X;T) on the target, a point for each checkpoint after epoch "
-        f"0; Pearson's r: {'; '.join(said)}",
+        f"correlation{_tail(estimator)}", figure,
+        f"Transfer accuracy against I(X;T) on the target, by {_by(estimator)}, a point for each "
+        f"checkpoint after epoch 0; Pearson's r: {'; '.join(said)}",
     )  # fmt: skip
-
-
-def _select(data: Data, init: str, metric: str, dataset: str, split: str) -> list[ResultRow]:
-    """Return the rows of a quantity; split "" takes what is not the fit's own (probe) train row."""
-    found = [r for r in data.rows if (r.init, r.metric, r.dataset) == (init, metric, dataset)]
-    splits = {row.split for row in found}
-    if not split and len(splits) > 1:
-        splits -= {"train"}
-        split = sorted(splits)[-1]
-    return [row for row in found if not split or row.split == split]
 
 
 def _line(axes: Any, band: Band, label: str, style: Style, factor: float = 1.0) -> None:
@@ -352,6 +276,26 @@ def _legend(figure: Figure, handles: Sequence[Any]) -> None:
     longest = max((len(handle.get_label()) for handle in handles), default=0)
     columns = 2 if len(handles) > 1 and longest <= 19 else 1  # what fits one column of a paper
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
+
+
+def _is_course(bands: Iterable[Band]) -> bool:
+    """Whether there is a quantity of more than one epoch."""
+    return any(len(band.epochs) > 1 for band in bands)
+
+
+def _r(points: Sequence[tuple[float, float]]) -> str:
+    """Return Pearson's r in words."""
+    r = correlation(points)
+    return "–" if r is None else f"{r:.2f}".replace("-", "−")
+
+
+def _by(estimator: str) -> str:
+    return ESTIMATORS.get(estimator, estimator.upper())
+
+
+def _tail(estimator: str) -> str:
+    """Return what the names of figures end with, where it is not MINE's."""
+    return "" if estimator == MINE else f"_{estimator}"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from report.html import Page, write_report
 from report.intervals import read_intervals
 from report.runs import Run, find_runs
 from report.tables import Options, Table
+from report.timeline import is_timeline
 from suite.benchmark import done_runs
 from suite.plan import make_plan
 from suite.schema import Suite, table_options
@@ -42,7 +43,8 @@ def rebuild(request: Request) -> list[Table]:
     output = Path(request.output or request.runs[0])
     tables = write_report(runs, output, page)
     print(formats.write(tables, request.format))
-    print(f"wrote {output}/report.html, table.md, table.tex, table.csv")
+    more = ", timeline.csv" if any(is_timeline(row) for run in runs for row in run.rows) else ""
+    print(f"wrote {output}/report.html, table.md, table.tex, table.csv{more}")
     return tables
 
 

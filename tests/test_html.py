@@ -47,6 +47,20 @@ def fabricate_data(folder: Path) -> dict:
     return places | {"classes": ["heart", "<moon>"], "name": "shapes", "split": "val"}
 
 
+def fabricate_timeline(init: str, n: int) -> list[ResultRow]:
+    """Return rows of three epochs, on source and target; the probe falls at the end."""
+    return [
+        ResultRow(
+            step="analysis", protocol="<tiny>", dataset=dataset, split="test", metric=metric,
+            value=value, unit="1", init=init, seed=1, epoch=epoch, weights=f"{n}{epoch}" * 32,
+            config=metric, code="c" * 40, details={"role": role, "boundary": 1},
+        )
+        for dataset, role in (("shapes", "source"), ("a & <b>", "target"))
+        for metric in ("recall@1", "linear/top1", "mi_xt", "mi_ty")
+        for epoch, value in enumerate((1.0, 3.0 + n, 2.0))
+    ]  # fmt: skip
+
+
 def fabricate_suite(root: Path, inits: tuple[str, ...] = ("random", "ce", NASTY)) -> Path:
     """Write pretraining and detection run folders as the tools leave them; return their parent."""
     dataset = fabricate_data(root / "data")
@@ -63,7 +77,7 @@ def fabricate_suite(root: Path, inits: tuple[str, ...] = ("random", "ce", NASTY)
             step="pretrain", protocol="p", dataset="shapes", split="val", metric="top1", value=50.0,
             unit="%", init=init, seed=1, code="c" * 40,
         )  # fmt: skip
-        append_rows(pretrain / "results.jsonl", [row])
+        append_rows(pretrain / "results.jsonl", [row, *fabricate_timeline(init, n)])
         row = ResultRow(
             step="detection", protocol="quick", dataset="shapes", split="val", metric="", value=0.0,
             unit="%", init=init, seed=1, epoch=n, weights=f"{n}" * 64, config="f" * 64,
@@ -159,6 +173,32 @@ def test_every_section_is_there(page: Path):
     assert (page / "table.csv").exists()
     assert (page / "table.tex").exists()
     assert {p.suffix for p in (page / "figures").iterdir()} == {".png", ".svg"}
+
+
+def test_a_timeline_has_figures_and_a_course_and_no_tables_of_epochs(page: Path):
+    text = (page / "report.html").read_text()
+    section = text[text.index('<section id="timeline">') :].partition("</section>")[0]
+    assert section.count("<figure") == section.count("<figcaption>") >= 8
+    assert "Information plane: I(X;T) against I(T;Y), by MINE" in section
+    assert "a &amp; &lt;b&gt; (target), test" in section
+    assert ">−1.000</td>" in section  # of the first initialisation's probe: from 3 to 2
+    drawn = {path.suffix for path in (page / "figures").glob("timeline--tiny--tradeoff-ce.*")}
+    assert drawn == {".png", ".svg"}
+    assert "recall@1" not in (page / "table.csv").read_text()
+    assert "<tiny>,a & <b>,target,test,linear/top1,ce,1,4.0,0.0,1" in (
+        page / "timeline.csv"
+    ).read_text().replace('"', "")
+    assert "epoch 1" not in text[text.index('id="results"') : text.index('id="timeline"')]
+    provenance = text[text.index('<section id="provenance">') :]
+    assert provenance.count("&lt;tiny&gt;") == 3 * 2  # a line a run and data set
+
+
+def test_a_run_with_a_timeline_alone_is_reported(tmp_path: Path):
+    append_rows(tmp_path / "run" / "results.jsonl", fabricate_timeline("ce", 0))
+    assert write_report([read_run(tmp_path / "run")], tmp_path / "out", Page()) == []
+    text = (tmp_path / "out/report.html").read_text()
+    assert "No rows but those over time." in text
+    assert 'href="#timeline"' in text
 
 
 def test_figures_on_the_page_take_its_ink(page: Path):

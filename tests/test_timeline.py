@@ -92,8 +92,8 @@ def test_every_quantity_of_every_readable_epoch_and_the_truncated_one_named(
     truncate(run / "checkpoints" / "epoch_0001.pth")
     timeline = Timeline(run, quick(target), "tiny")
     said = "\n".join(summary(timeline, timeline.todo()))
-    assert "unreadable: epoch_0001.pth (is truncated" in said
-    assert "1 epochs not written yet: 3" in said
+    assert "1 epoch unreadable: epoch_0001.pth (is truncated" in said
+    assert "1 epoch not written yet: 3" in said
     rows = work(timeline)
     written = read_rows(run / "results.jsonl")
     assert [(r.metric, r.value) for r in rows] == [(r.metric, r.value) for r in written]
@@ -171,7 +171,7 @@ def test_epochs_missing_in_the_middle_are_named_and_later_ones_are_only_not_writ
         write_epoch(tmp_path, epoch, tiny_npz)
     found = survey(tmp_path)
     assert (found.missing, found.unwritten, found.unreadable) == ([1], [3], [])
-    assert "1 epochs are missing: 1" in " ".join(found.sentences())
+    assert "1 epoch missing: 1" in " ".join(found.sentences())
 
 
 def test_a_file_that_holds_another_epoch_is_unreadable(tmp_path: Path, tiny_npz: Path) -> None:
@@ -307,27 +307,31 @@ def test_no_run_and_no_readable_epoch_are_said(tmp_path: Path, tiny_npz: Path) -
 
 
 def test_the_tool_walks_draws_and_reports_what_was_unreadable(
-    tmp_path: Path, tiny_npz: Path, target: Path, run_tool: Callable[..., Any]
+    tmp_path: Path, tiny_npz: Path, target: Path, call_tool: Callable[..., tuple[int, str, str]]
 ) -> None:
     run = tmp_path / "run"
     for epoch in (0, 1):
         write_epoch(run, epoch, tiny_npz)
     truncate(write_epoch(run, 2, tiny_npz))
+    truncate(write_epoch(run, 3, tiny_npz))
     config = tmp_path / "tiny.yaml"
     config.write_text(
         f"targets: [{{name: npz, root: {target}}}]\nquantities: [retrieval, companions]\n"
         "features: {cache: false}\ndevice: cpu\n"
     )
     os.environ.setdefault("MPLCONFIGDIR", str(tmp_path))
-    done = run_tool(
-        "run_analysis.py", "--run", run, "--config", config, "--figures", tmp_path / "drawn"
-    )
-    assert done.returncode == 1, done.stderr
-    assert "unreadable: epoch_0002.pth" in done.stderr
-    assert "expected time" in done.stdout
-    assert "epoch 1  tiny/train  recall@1" in done.stderr
+    command = ("run_analysis.py", "--run", run, "--config", config)
+    status, said, told = call_tool(*command, "--figures", tmp_path / "drawn")
+    assert status == 1, told
+    assert "2 epochs unreadable: epoch_0002.pth (" in told
+    assert "); epoch_0003.pth (" in told
+    assert "expected time" in said
+    assert "epoch 1  tiny/train  recall@1" in told
     assert (tmp_path / "drawn" / "tradeoff_ctc.svg").exists()
     assert {row.epoch for row in read_rows(run / "results.jsonl")} == {0, 1}
-    bad = run_tool("run_analysis.py", "--run", run, "--config", config, "information.xt.batch", "1")
-    assert bad.returncode == 2
-    assert "batch" in bad.stderr
+    assert not (run / "figures").exists()
+    status, said, _ = call_tool(*command)
+    assert (status, "0 measurements to do of 12" in said) == (1, True)
+    assert (run / "figures" / "tradeoff_ctc.png").exists()
+    status, _, told = call_tool(*command, "information.xt.batch", "1")
+    assert (status, "batch" in told) == (2, True)

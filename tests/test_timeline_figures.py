@@ -1,6 +1,8 @@
 """Figures checked by the numbers they hold, not by their pixels."""
 
+import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +11,9 @@ from matplotlib.colors import to_hex
 
 from core.config import InputError
 from core.results import ResultRow
-from report.figures import inline_svg
-from report.timeline_figures import (
-    Drawn,
-    correlation,
-    gather,
-    paths,
-    save_timeline_figures,
-    scatter,
-    series,
-    timeline_figures,
-)
+from report.figures import inline_svg, styles
+from report.timeline import axis, correlation, courses, gather, paths, scatter, series, to_csv
+from report.timeline_figures import Drawn, draw, save_timeline_figures, timeline_figures
 
 EPOCHS = (0, 10, 20, 30)
 
@@ -170,14 +164,86 @@ def test_correlation_takes_every_checkpoint_but_the_untrained() -> None:
 def test_figures_fit_one_column_and_are_written_in_both_formats(tmp_path: Path) -> None:
     found = timeline_figures(rows())
     assert [one.name for one in found] == [
-        "tradeoff_ce", "tradeoff_ctc", "information_ce", "information_ctc", "plane",
-        "compared_src", "compared_tgt", "correlation",
+        "tradeoff_ce", "tradeoff_ctc", "compared_src", "compared_tgt",
+        "information_ce", "information_ctc", "plane", "correlation",
     ]  # fmt: skip
     assert all(one.figure.get_figwidth() <= 3.5 for one in found)
     few = [r for r in rows(("ce",), (0,)) if r.metric in ("recall@1", "linear/top1")]
     written = save_timeline_figures(few, tmp_path)
     assert sorted(path.name for path in written) == ["tradeoff_ce.png", "tradeoff_ce.svg"]
     assert all(path.stat().st_size > 1000 for path in written)
+
+
+def test_other_estimators_have_figures_of_their_own() -> None:
+    """Also where MINE is not there at all."""
+    informations = [r for r in rows() if r.metric.startswith("mi_")]
+    others = [
+        dataclasses.replace(r, metric=f"{r.metric}/infonce", value=(r.value or 0) - 1)
+        for r in informations
+    ]
+    names = {one.name for one in timeline_figures([*rows(), *others])}
+    kinds = ("information_ce", "information_ctc", "plane", "correlation")
+    assert names >= {*kinds, *(f"{kind}_infonce" for kind in kinds), "companions_tgt"}
+    panels = drawn("companions_tgt", [*rows(), *others]).figure.axes
+    assert panels[0].get_ylabel() == axis("mi_xt/infonce") == "I(X;T) InfoNCE (nat)"
+    assert lines(panels[0])["ce"].get_ydata() == pytest.approx([e + 0.9 for e in EPOCHS])
+    alone = [r for r in rows() if r not in informations] + others
+    assert "plane_infonce" in {one.name for one in timeline_figures(alone)}
+    assert drawn("compared_tgt", alone).figure.axes[1].get_ylabel() == "I(X;T) InfoNCE (nat)"
+    assert "by InfoNCE" in drawn("correlation_infonce", alone).description
+
+
+def test_correlation_is_also_told_within_each_method() -> None:
+    """Two methods that differ in both can agree with a law that neither follows."""
+    found = [r for r in rows() if r.metric != "linear/top1" or r.split == "train"]
+    for init, base in (("ce", 0.0), ("ctc", 100.0)):
+        for seed in (0, 1):
+            for epoch in EPOCHS:
+                value = base - 0.3 * epoch - 3 * seed * 0.3
+                found.append(row(init, seed, epoch, "linear/top1", value, "tgt", "test"))
+    said = drawn("correlation", found).description
+    assert re.search(r"tgt: r = 0\.\d\d \(n = 12\), within ce −1\.00, ctc −1\.00", said)
+
+
+def test_a_course_tells_the_highest_mean_and_the_way_to_the_end_paired_by_seed() -> None:
+    heights = {0: [1.0, 5.0, 4.0], 1: [3.0, 6.0, 3.0]}  # by seed, at epochs 0, 10, 20
+    found = [
+        row("ce", seed, epoch, "linear/top1", value, "tgt", "test")
+        for seed, values in heights.items()
+        for epoch, value in zip(EPOCHS, values, strict=False)
+    ]
+    found.append(row("random", 0, 0, "linear/top1", 9.0, "tgt", "test"))  # of one epoch: no course
+    (course,) = courses(gather(found)["tiny"])
+    half = math.sqrt(0.5)
+    assert (course.init, course.dataset, course.split) == ("ce", "tgt", "test")
+    assert course.seeds == [0, 1]
+    assert course.highest == (10, 5.5, pytest.approx(half))
+    assert course.last == (20, 3.5, pytest.approx(half))
+    assert course.change == (-2.0, pytest.approx(2 * half))  # −1 and −3
+    text = to_csv(gather(found)).splitlines()
+    assert text[0] == "protocol,dataset,role,split,metric,init,epoch,mean,std,seeds"
+    assert "tiny,tgt,target,test,linear/top1,random,0,9.0,0.0,0" in text
+    assert len(text) == 1 + 3 + 1
+
+
+def test_order_labels_and_looks_can_be_those_of_a_page() -> None:
+    style = styles(["random", "ctc", "ce"])
+    data = gather(rows(), list(style), {"ctc": "CTC (ours)"})["tiny"]
+    assert data.inits == ["ctc", "ce"]
+    (found,) = (one for one in draw(data, style) if one.name == "compared_tgt")
+    line = lines(found.figure.axes[0])["CTC (ours)"]
+    assert line.get_color() == style["ctc"].colour
+    assert "CTC (ours) 2, ce 2" in found.description
+
+
+def test_one_epoch_is_no_line() -> None:
+    """An untrained network beside the others is a point in their figures, and has none alone."""
+    alone = [dataclasses.replace(r, init="random") for r in rows(("ce",)) if r.epoch == 0]
+    names = {one.name for one in timeline_figures([*rows(), *alone])}
+    assert "tradeoff_random" not in names
+    assert "information_random" not in names
+    assert lines(drawn("compared_tgt", [*rows(), *alone]).figure.axes[0])["random"] is not None
+    assert [one.name for one in timeline_figures(alone)] == ["plane"]
 
 
 def test_no_rows_is_said() -> None:

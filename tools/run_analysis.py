@@ -2,11 +2,12 @@
 """Follow a pretraining over its saved epochs: discriminability, transferability, information.
 
 tools/run_analysis.py --run runs/NAME --config analysis/timeline_cifar100.yaml
-tools/run_analysis.py --run runs/ce --run runs/ctc --config … --figures docs/timeline
+tools/run_analysis.py --run runs/ce --run runs/ctc --config … --figures docs/timeline    # together
 tools/run_analysis.py --rows docs/timeline/rows.jsonl --figures docs/timeline    # figures alone
 
-Every number becomes a row of RUN/results.jsonl (step "analysis"). What is done is skipped, so the
-same command goes on after an interruption, and may run beside a training that still writes.
+Every number becomes a row of RUN/results.jsonl (step "analysis"), and each run has its figures in
+RUN/figures; with --figures all runs are drawn over each other instead. What is done is skipped, so
+the same command goes on after an interruption, and may run beside a training that still writes.
 Exit status: 0 all epochs measured, 1 some were missing or unreadable (they are named), 2 bad input.
 """
 
@@ -15,10 +16,10 @@ import _checkout  # isort:skip
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from core.results import ResultRow
+from core.results import ResultRow, read_rows
+
+ROWS = "results.jsonl"
 
 
 def parse() -> argparse.Namespace:
@@ -29,7 +30,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--config", help="a file, or a name under configs/")
     parser.add_argument("--init", default="", help="how rows name the run; default: its method")
     parser.add_argument("--rows", type=Path, action="append", default=[], help="rows to draw too")
-    parser.add_argument("--figures", type=Path, help="draw PNG and SVG figures into this folder")
+    parser.add_argument("--figures", type=Path, help="draw all runs together, here")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and end")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="changes to the config")
     return parser.parse_intermixed_args()
@@ -52,7 +53,8 @@ def main() -> int:
         for run in arguments.run:
             incomplete |= walk(run, arguments)
     if arguments.figures and not arguments.dry_run:
-        draw(arguments)
+        files = [*arguments.rows, *(run / ROWS for run in arguments.run)]
+        draw([row for file in files for row in read_rows(file)], arguments.figures)
     return 1 if incomplete else 0
 
 
@@ -84,14 +86,18 @@ def walk(run: Path, arguments: argparse.Namespace) -> bool:
                 for row in rows:
                     bar.say(line(row))
                 bar.update(len({row.epoch for row in rows}), epoch=str(rows[-1].epoch))
-        print(f"rows: {run / 'results.jsonl'}")
+        print(f"rows: {run / ROWS}")
+    if not arguments.figures and not arguments.dry_run and (run / ROWS).is_file():
+        rows = [row for row in read_rows(run / ROWS) if row.step == "analysis"]
+        if rows:
+            draw(rows, run / "figures")
     absent = timeline.survey.missing or timeline.survey.unreadable
     for sentence in timeline.survey.sentences() if absent else ():
         print(sentence, file=sys.stderr)
     return bool(absent)
 
 
-def line(row: "ResultRow") -> str:
+def line(row: ResultRow) -> str:
     """Return a row as one line, with its spread over seeds and, for InfoNCE, its cap."""
     value = f"{row.value:.4g}" if row.value is not None else "–"
     std = f" ± {row.details['std']:.2g}" if row.details.get("std") else ""
@@ -100,14 +106,11 @@ def line(row: "ResultRow") -> str:
     return f"epoch {row.epoch}  {row.dataset}/{row.split}  {row.metric} {value}{std}{unit}{cap}"
 
 
-def draw(arguments: argparse.Namespace) -> None:
-    """Draw the figures of all runs and rows that were named."""
-    from core.results import read_rows
+def draw(rows: list[ResultRow], folder: Path) -> None:
+    """Draw the figures of some rows, as PNG and SVG."""
     from report.timeline_figures import save_timeline_figures
 
-    files = [*arguments.rows, *(run / "results.jsonl" for run in arguments.run)]
-    rows = [row for file in files for row in read_rows(file)]
-    for path in save_timeline_figures(rows, arguments.figures):
+    for path in save_timeline_figures(rows, folder):
         print(path)
 
 
