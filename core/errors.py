@@ -11,6 +11,10 @@ class InputError(ValueError):
     """
 
 
+class UnreadableImage(InputError):
+    """An image file is missing or does not decode; the sentence names it."""
+
+
 class NonFiniteLoss(FloatingPointError):
     """A loss or a weight is NaN or infinite; nothing of that step was saved. Exit status 1."""
 

@@ -226,19 +226,48 @@ def unreadable(dataset: IndexedDataset) -> list[str]:
     return found
 
 
+def all_unreadable(failure: InputError, dataset: IndexedDataset) -> InputError:
+    """Return an error that counts all images of a split that cannot be read, and names the first.
+
+    Args:
+        failure: what was met; it alone is said where the images decode by now.
+    """
+    found = unreadable(dataset) or [str(failure)]
+    named = "; ".join(found[:NAMED_FAILURES])
+    more = f"; and {len(found) - NAMED_FAILURES} more" if len(found) > NAMED_FAILURES else ""
+    return InputError(
+        f"{len(found)} of the {len(dataset)} images of {dataset.name} {dataset.split} cannot be "
+        f"read, and none is left out silently: {named}{more}"
+    )
+
+
+def check_readable(
+    dataset: IndexedDataset, device: torch.device, batch_size: int = 256, workers: int = 0
+) -> None:
+    """Decode every image once, each rank its share: a long training must not find out at its end.
+
+    Raises:
+        InputError: on every rank, as ``extract``.
+    """
+    failure = None
+    try:
+        if not isinstance(dataset.source.images, Tensor):
+            for _ in evaluation_loader(
+                dataset, batch_size, workers, dist.rank(), dist.world_size()
+            ):
+                pass
+    except InputError as error:
+        failure = error
+    _raise_on_every_rank(failure, dataset, device)
+
+
 def _raise_on_every_rank(
     failure: InputError | None, dataset: IndexedDataset, device: torch.device
 ) -> None:
     """Raise on all ranks if one has failed: a rank that waits in a gather would never learn it."""
     if dist.all_sum(torch.tensor(float(failure is not None), device=device)).item() == 0:
         return
-    found = unreadable(dataset) or [str(failure)]
-    named = "; ".join(found[:NAMED_FAILURES])
-    more = f"; and {len(found) - NAMED_FAILURES} more" if len(found) > NAMED_FAILURES else ""
-    raise InputError(
-        f"{len(found)} of the {len(dataset)} images of {dataset.name} {dataset.split} cannot be "
-        f"read, and none is left out silently: {named}{more}"
-    )
+    raise all_unreadable(failure or InputError("another process has met them"), dataset)
 
 
 def _assemble(

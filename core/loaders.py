@@ -54,7 +54,7 @@ class Loader:
         for batch in self.batches:
             if isinstance(batch, InputError):
                 self.batches._iterator = None  # else workers would live on in the traceback
-                raise InputError(str(batch))
+                raise type(batch)(str(batch))
             yield batch[0], batch[1], batch[2]
 
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from core.errors import InputError
+from core.errors import InputError, UnreadableImage
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".webp", ".tif", ".tiff")
 
@@ -108,7 +108,7 @@ def read_image(path: str | Path) -> Tensor:
     """Decode one image file to 3×H×W uint8 RGB (EXIF rotation ignored, as the field does).
 
     Raises:
-        InputError: missing, truncated or not an image.
+        UnreadableImage: missing, truncated or not an image.
     """
     return decode_image(path, str(path))
 
@@ -119,10 +119,12 @@ def decode_image(file: str | Path | IO[bytes], name: str) -> Tensor:
         with Image.open(file) as image:
             pixels = np.array(image.convert("RGB"))
     except FileNotFoundError:
-        raise InputError(f"image {name} does not exist") from None
+        raise UnreadableImage(f"image {name} does not exist") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = str(error).split("\n")[0]
-        raise InputError(f"image {name} does not decode ({reason}); replace or remove it") from None
+        raise UnreadableImage(
+            f"image {name} does not decode ({reason}); replace or remove it"
+        ) from None
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 

@@ -161,11 +161,64 @@ def test_bad_data_are_refused_in_one_sentence(
         path = spoilt_npz(tiny_npz, tmp_path / f"bad{number}.npz", **changes)
         with pytest.raises(InputError, match=reason):
             run_here(weights, "data.root", str(path))
-    with pytest.raises(InputError, match="few_shot on tiny: class 0 has 16 images"):
-        run_here(weights, "methods", "[few_shot]", "few_shot.shots", "[17]")
-    with pytest.raises(InputError, match="49, but there are 48"):
-        run_here(weights, "methods", "[knn]", "knn.neighbours", "[49]")
+    fewer = {key: whole[key][:3] for key in ("x_train", "y_train")}
+    assert sorted(fewer["y_train"]) == [0, 1, 2]
+    with pytest.raises(InputError, match="no class has 2 images in train"):
+        run_here(weights, "data.root", str(spoilt_npz(tiny_npz, tmp_path / "one.npz", **fewer)))
+    reason = "few_shot.shots has 17, but class 'red' of tiny has 16 images"
+    for dry in ((), ("--dry-run",)):  # before the features that the linear probe would compute
+        with pytest.raises(InputError, match=reason):
+            run_here(
+                weights, "methods", "[linear, few_shot]", "few_shot.shots", "[17]", options=dry
+            )
+        with pytest.raises(InputError, match="49, but there are 48"):
+            run_here(weights, "methods", "[linear, knn]", "knn.neighbours", "[49]", options=dry)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_class_without_a_test_image_is_refused_unless_it_is_asked_for(
+    run_here: Callable[..., list[ResultRow]], weights: Path, tiny_npz: Path, tmp_path: Path
+) -> None:
+    """An interrupted copy must not pass for the whole evaluation set."""
+    whole = dict(np.load(tiny_npz))
+    kept = {key: whole[key][whole["y_test"] != 2] for key in ("x_test", "y_test")}
+    where = ("data.root", str(spoilt_npz(tiny_npz, tmp_path / "less.npz", **kept)))
+    with pytest.raises(InputError, match=r"class 'blue' of less has no image in test .*partial"):
+        run_here(weights, *where)
+    (row,) = run_here(weights, *where, "data.partial", "true")
+    assert row.details["test_images"] == 16
+
+
+def test_protocol_released_is_the_papers_probe_and_named_so(
+    run_here: Callable[..., list[ResultRow]], weights: Path
+) -> None:
+    (row,) = run_here(weights, "methods", "[linear, knn]", "protocol", "released")
+    assert (row.protocol, row.selection) == ("linear_released_8px", "best on test")
+    assert "BatchNorm" in row.details["flag"]
+    with pytest.raises(InputError, match=r"use a …_linear\.yaml"):
+        run_here(weights, "methods", "[finetune]", "protocol", "released")
+
+
+@pytest.mark.parametrize(("method", "split"), [
+    ("finetune", "train"), ("finetune", "test"), ("released", "train"), ("linear", "test"),
+])  # fmt: skip
+def test_unreadable_images_are_counted_under_every_method(
+    run_here: Callable[..., list[ResultRow]], weights: Path, tmp_path: Path, method: str, split: str
+) -> None:
+    """And those of the test split before a training starts."""
+    for part in ("train", "test"):
+        for name in "ab":
+            folder = tmp_path / "images" / part / name
+            folder.mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (9, 9), (40 * i, 20, 90)).save(folder / f"{i}.png")
+    for name in "ab":
+        (tmp_path / "images" / split / name / "2.png").write_bytes(b"\x89PNG broken")
+    where = ("data.name", "folder", "data.root", str(tmp_path / "images"), "methods", f"[{method}]")
+    reason = rf"2 of the 8 images of images {split} .*a/2\.png.*b/2\.png"
+    with pytest.raises(InputError, match=reason):
+        run_here(weights, *where)
+    assert (tmp_path / "out" / "finetune").exists() == (method + split == "finetunetrain")
 
 
 def test_splits_must_have_the_same_classes(

@@ -12,6 +12,8 @@ from transfer.finetune import FinetuneConfig
 from transfer.linear import LinearConfig
 from transfer.released import ReleasedConfig
 
+RELEASED = "released"  # the protocol that puts the paper code's probe in the place of the methods
+
 
 @dataclasses.dataclass(frozen=True)
 class FeatureConfig:
@@ -45,7 +47,7 @@ class TransferConfig:
     """Which protocols, on which data."""
 
     methods: list[str] = dataclasses.field(default_factory=lambda: ["linear"])  # keys of METHODS
-    protocol: str = ""  # how rows name the recipe; "": after the method
+    protocol: str = ""  # how rows name the recipe; "": after the method; "released": see RELEASED
     seed: int = -1  # of heads, draws and augmentation; -1: the checkpoint's own
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     features: FeatureConfig = dataclasses.field(default_factory=FeatureConfig)
@@ -55,6 +57,22 @@ class TransferConfig:
     released: ReleasedConfig = dataclasses.field(default_factory=ReleasedConfig)
     finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
+
+
+def methods_of(config: TransferConfig) -> list[str]:
+    """Return the methods to run.
+
+    Raises:
+        InputError: ``protocol released``, which is a probe's, for a fine-tuning.
+    """
+    if config.protocol != RELEASED:
+        return config.methods
+    if "finetune" in config.methods:
+        raise InputError(
+            "protocol released is the paper code's linear probe: use a …_linear.yaml, for this "
+            "recipe's methods hold finetune"
+        )
+    return [RELEASED]
 
 
 def check(config: TransferConfig) -> None:

@@ -57,7 +57,7 @@ def open_splits(cfg: DataConfig, seed: int) -> Splits:
         open_dataset(cfg, val, train=True, seed=seed) if val else None,
         open_dataset(cfg, reported),
     )
-    _check_classes(splits)
+    _check_classes(splits, cfg.partial)
     return splits
 
 
@@ -79,11 +79,30 @@ def joined(first: IndexedDataset, second: IndexedDataset, cfg: DataConfig) -> In
 def fit_and_held_out(
     splits: Splits, fraction: float, cfg: DataConfig
 ) -> tuple[IndexedDataset, IndexedDataset]:
-    """Return what a choice may learn from and what it is made on: never the test split."""
+    """Return what a choice may learn from and what it is made on: never the test split.
+
+    Raises:
+        InputError: there is no val split, and no class has an image to spare for one.
+    """
     if splits.val is not None:
         return splits.train, splits.val
-    kept, held = hold_out(splits.train.labels, fraction)
+    kept, held = parts_to_choose_by(splits.train.labels, fraction)
     return subset(splits.train, kept, cfg), subset(splits.train, held, cfg)
+
+
+def parts_to_choose_by(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    """Return the positions of training images to learn from and of those to choose by.
+
+    Raises:
+        InputError: no class has an image to spare.
+    """
+    kept, held = hold_out(labels, fraction)
+    if not len(held):
+        raise InputError(
+            "no class has 2 images in train, so that none can be held out to choose by: it needs "
+            "more images, or a val split"
+        )
+    return kept, held
 
 
 class SteppedDataset(Dataset[Any]):
@@ -112,7 +131,7 @@ class SteppedDataset(Dataset[Any]):
         return self.dataset[passes, index]
 
 
-def _check_classes(splits: Splits) -> None:
+def _check_classes(splits: Splits, partial: bool) -> None:
     train, test = splits.train, splits.test
     if list(train.classes) != list(test.classes):
         raise InputError(
@@ -128,10 +147,11 @@ def _check_classes(splits: Splits) -> None:
             "classes): nothing can be learnt of it"
         )
     empty = _classes_without_images(test)
-    if empty and test.metric != "top1":
+    if empty and not (partial and test.metric == "top1"):
+        hint = "; data.partial true takes what there is" if test.metric == "top1" else ""
         raise InputError(
             f"class {empty[0]!r} of {test.name} has no image in {test.split} ({len(empty)} such "
-            f"classes): {test.metric} is not defined"
+            f"classes): {test.metric} over all classes is not defined{hint}"
         )
 
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from core import dist, resume
 from core.checkpoint import Facts, atomic_file, save_checkpoint
 from core.datasets import DataConfig, IndexedDataset
-from core.errors import InputError
-from core.features import NonFiniteFeatures, extract
+from core.errors import InputError, UnreadableImage
+from core.features import NonFiniteFeatures, all_unreadable, check_readable, extract
 from core.loop import Hooks, LoopConfig, NonFiniteLoss, Objective, Stage, train
 from core.resnet import ResNet
 from core.schedule import SCHEDULES
@@ -110,11 +110,13 @@ def finetune(job: Job, splits: Splits, run_dir: Path) -> Tuned:
     its own below ``run_dir``; one that is finished is not run again when ``job.resume``.
 
     Raises:
-        InputError: a config that cannot be run, or every rate of the grid diverged.
+        InputError: a config that cannot be run, images that cannot be read (counted; those of test
+            before the start), or every rate of the grid diverged.
         NonFiniteLoss: the chosen recipe diverged in the final training.
         Stopped: a signal asked to stop; all is saved.
     """
     check(job.config)
+    check_readable(splits.test, job.device, job.loop.batch_size, job.data.workers)
     grid = list(itertools.product(job.config.lr, job.config.weight_decay))
     tried: list[dict[str, float | None]] = []
     if len(grid) > 1:
@@ -222,6 +224,8 @@ def _train_and_score(
             evaluate(epochs)
     except (NonFiniteLoss, NonFiniteFeatures):
         score = None
+    except UnreadableImage as error:
+        raise all_unreadable(error, learn) from None
     if dist.is_main():
         with atomic_file(done) as file:
             file.write(json.dumps({"lr": lr, "weight_decay": decay, "score": score}).encode())

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.datasets import hold_out
 from core.errors import InputError
+from transfer.data import parts_to_choose_by
 from transfer.logistic import EigenBasis, LogisticFit, fit_sweep
 from transfer.metrics import HELD_OUT_METRICS, METRICS
 
@@ -70,7 +70,7 @@ def linear_probe(
 
     Raises:
         ValueError: features that are not finite, or shapes that do not fit.
-        InputError: a config value out of range, or classes without images.
+        InputError: a config value out of range, or no image that can be held out.
     """
     config = config or LinearConfig()
     check(config)
@@ -80,7 +80,7 @@ def linear_probe(
         fit_part, held_part = train, _prepare(val, config, device)
         train = (torch.cat([train[0], held_part[0]]), torch.cat([train[1], held_part[1]]))
     else:
-        kept, held = hold_out(train[1].cpu(), config.held_out)
+        kept, held = parts_to_choose_by(train[1].cpu(), config.held_out)
         fit_part = (train[0][kept.to(device)], train[1][kept.to(device)])
         held_part = (train[0][held.to(device)], train[1][held.to(device)])
     basis = EigenBasis.of(train[0])  # a rotation alone: it changes no fit, and tells nothing

@@ -19,8 +19,8 @@ from core.features import CACHE_DIR, DTYPES, Features, cached
 from core.results import config_hash
 from transfer import fewshot, finetune, knn, linear
 from transfer.backbone import Backbone
-from transfer.config import TransferConfig
-from transfer.data import Splits
+from transfer.config import RELEASED, TransferConfig
+from transfer.data import Splits, parts_to_choose_by
 from transfer.metrics import METRICS
 from transfer.released import released_probe
 
@@ -41,13 +41,15 @@ class Transfer:
     def __init__(
         self,
         config: TransferConfig,
+        methods: list[str],
         backbone: Backbone,
         splits: Splits,
         seed: int,
         output: Path,
         resume: bool,
     ) -> None:
-        self.config, self.backbone, self.splits = config, backbone, splits
+        self.config, self.methods = config, methods
+        self.backbone, self.splits = backbone, splits
         self.seed, self.output, self.resume = seed, output, resume
         self.device = dist.init(config.loop.device)
         self._features: dict[str, Features] = {}
@@ -67,16 +69,16 @@ class Transfer:
         more, more_labels = self.features("val")
         return torch.cat([features, more]), torch.cat([labels, more_labels])
 
-    def single_label(self, method: str) -> None:
-        """Refuse a data set with several labels an image.
+    def learnable_labels(self, method: str) -> Tensor:
+        """Return the labels of all that may be learnt from, N, for a method that needs one each.
 
         Raises:
-            InputError: it is one.
+            InputError: a data set with several labels an image.
         """
-        if self.splits.train.labels.ndim == 2:
-            raise InputError(
-                f"{method} needs one label an image, and {self.splits.train.name} has several"
-            )
+        train, val = self.splits.train, self.splits.val
+        if train.labels.ndim == 2:
+            raise InputError(f"{method} needs one label an image, and {train.name} has several")
+        return train.labels if val is None else torch.cat([train.labels, val.labels])
 
     def _extract(self, dataset: IndexedDataset, part: str) -> Features:
         how = self.config.features
@@ -117,14 +119,8 @@ def _linear(unit: Transfer) -> list[Outcome]:
 
 
 def _knn(unit: Transfer) -> list[Outcome]:
-    unit.single_label("knn")
     how = unit.config.knn
     reference, labels = unit.learnable()
-    if max(how.neighbours) > len(labels):
-        raise InputError(
-            f"knn.neighbours has {max(how.neighbours)}, but there are {len(labels)} images to "
-            "learn from"
-        )
     queries, targets = unit.features("test")
     scores = knn.knn_scores(
         queries, reference, labels, unit.splits.classes, how.neighbours, how.temperature
@@ -139,20 +135,16 @@ def _knn(unit: Transfer) -> list[Outcome]:
 
 
 def _few_shot(unit: Transfer) -> list[Outcome]:
-    unit.single_label("few_shot")
     how = unit.config.few_shot
     metric = METRICS[unit.splits.test.metric]
     train, (test, targets) = unit.learnable(), unit.features("test")
     outcomes = []
     for shots in how.shots:
-        try:
-            found = fewshot.few_shot(
-                train, (test, targets), unit.splits.classes,
-                lambda scores, labels: metric(scores.cpu(), labels.cpu()),
-                shots, how.draws, how.c, unit.seed,
-            )  # fmt: skip
-        except ValueError as error:
-            raise InputError(f"few_shot on {unit.splits.train.name}: {error}") from None
+        found = fewshot.few_shot(
+            train, (test, targets), unit.splits.classes,
+            lambda scores, labels: metric(scores.cpu(), labels.cpu()),
+            shots, how.draws, how.c, unit.seed,
+        )  # fmt: skip
         details = {"c": how.c, "draws": found.draws, "interval_95": found.half_width}
         outcomes.append(Outcome(f"few_shot_{shots}", found.mean, "last", details))
     return outcomes
@@ -171,7 +163,7 @@ def _released(unit: Transfer) -> list[Outcome]:
         "last_epoch_score": scores[-1],
         **dataclasses.asdict(how),
     }
-    name = unit.config.protocol or "linear"
+    name = "linear" if unit.config.protocol in ("", RELEASED) else unit.config.protocol
     return [Outcome(f"{name}_released", scores[best], "best on test", details)]
 
 
@@ -195,6 +187,28 @@ def _finetune(unit: Transfer) -> list[Outcome]:
     return [Outcome(config.protocol or "finetune", tuned.score, selection, details)]
 
 
+def _enough_neighbours(unit: Transfer) -> None:
+    wanted, there = max(unit.config.knn.neighbours), len(unit.learnable_labels("knn"))
+    if wanted > there:
+        raise InputError(f"knn.neighbours has {wanted}, but there are {there} images to learn from")
+
+
+def _enough_shots(unit: Transfer) -> None:
+    counts = torch.bincount(unit.learnable_labels("few_shot"), minlength=unit.splits.classes)
+    fewest, wanted = int(counts.argmin()), max(unit.config.few_shot.shots)
+    if int(counts[fewest]) < wanted:
+        train = unit.splits.train
+        raise InputError(
+            f"few_shot.shots has {wanted}, but class {train.classes[fewest]!r} of {train.name} has "
+            f"{int(counts[fewest])} images to learn from"
+        )
+
+
+def _enough_to_choose_on(unit: Transfer) -> None:
+    if unit.splits.val is None:
+        parts_to_choose_by(unit.splits.train.labels, unit.config.linear.held_out)
+
+
 def _selection(unit: Transfer) -> str:
     return "best on held-out train" if unit.splits.val is None else "best on val"
 
@@ -205,4 +219,10 @@ METHODS: dict[str, Callable[[Transfer], list[Outcome]]] = {
     "few_shot": _few_shot,
     "released": _released,  # the paper code's probe, for comparison
     "finetune": _finetune,
+}
+
+NEEDS: dict[str, Callable[[Transfer], None]] = {  # told before any feature is computed
+    "linear": _enough_to_choose_on,
+    "knn": _enough_neighbours,
+    "few_shot": _enough_shots,
 }

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from core import dist
 from core.datasets import EpochSampler, IndexedDataset, evaluation_loader, training_loader
 from core.errors import InputError
-from core.features import InputSpec, evaluation_mode
+from core.features import InputSpec, check_readable, evaluation_mode
 from core.progress import Progress
 from core.seeds import torch_seeded
 from transfer.metrics import METRICS
@@ -55,7 +55,7 @@ def released_probe(
         train: its (epoch, index) items are augmented as it was opened.
 
     Raises:
-        InputError: several processes, or a loss that is not finite.
+        InputError: several processes, images that cannot be read, or a loss that is not finite.
     """
     if dist.world_size() > 1:
         raise InputError("the released protocol runs in one process: start it without torchrun")
@@ -66,6 +66,8 @@ def released_probe(
     optimizer = torch.optim.SGD(
         head.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
     )
+    for part in (train, test):
+        check_readable(part, device, workers=workers)
     batch_size = min(config.batch_size, len(train))
     sampler = EpochSampler(len(train), batch_size, seed)
     loader = training_loader(train, sampler, workers)

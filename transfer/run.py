@@ -11,9 +11,9 @@ from core.config import save_config, to_dict
 from core.errors import InputError
 from core.results import ResultRow, append_rows, config_hash
 from transfer.backbone import Backbone
-from transfer.config import TransferConfig, check
+from transfer.config import TransferConfig, check, methods_of
 from transfer.data import open_splits
-from transfer.protocols import METHODS, Outcome, Transfer
+from transfer.protocols import METHODS, NEEDS, Outcome, Transfer
 
 
 def run(
@@ -28,7 +28,7 @@ def run(
     """
     unit = _opened(config, backbone, output, resume)
     rows: list[ResultRow] = []
-    for method in config.methods:
+    for method in unit.methods:
         started = time.monotonic()
         outcomes = METHODS[method](unit)
         seconds = round(time.monotonic() - started, 2)
@@ -48,7 +48,7 @@ def plan(config: TransferConfig, backbone: Backbone, output: Path, resume: bool 
     """
     unit = _opened(config, backbone, output, resume)
     train, test = unit.splits.train, unit.splits.test
-    methods = ", ".join(config.methods)
+    methods = ", ".join(unit.methods)
     return (
         f"{yaml.safe_dump(to_dict(config), sort_keys=False)}"
         f"# {methods} of {backbone.init} ({backbone.model.arch}) on {train.name}: "
@@ -64,12 +64,15 @@ def _opened(config: TransferConfig, backbone: Backbone, output: Path, resume: bo
         wrong = repr(unknown[0]) if unknown else "nothing"
         raise InputError(f"methods names {wrong}; known are {', '.join(METHODS)}")
     check(config)
+    methods = methods_of(config)
     seed = backbone.seed if config.seed < 0 else config.seed
     splits = open_splits(config.data, seed)
-    unit = Transfer(config, backbone, splits, seed, output, resume)
+    unit = Transfer(config, methods, backbone, splits, seed, output, resume)
+    for method in methods:
+        NEEDS.get(method, lambda unit: None)(unit)
     begun = (output / "finetune").exists()
     dist.barrier()  # before any rank makes that folder
-    if "finetune" in config.methods and begun and not resume:
+    if "finetune" in methods and begun and not resume:
         raise InputError(
             f"{output / 'finetune'} holds a training already: say --resume to go on with it, or "
             "give another --output"
