@@ -25,7 +25,8 @@ from core.resnet import create_model
 from pretrain import losses
 from pretrain.attention import bank_instance_loss
 from pretrain.memory import MemoryBank
-from pretrain.objectives import CTC, CTCConfig, StageConfig
+from pretrain.objectives import CTC
+from pretrain.recipe import CTCConfig, StageConfig
 from pretrain.terms import BankOptions, PreservationOptions, PreservationTerm
 
 B, D, TAU, CLASSES = 64, 128, 0.1, 100

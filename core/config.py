@@ -7,6 +7,7 @@ adds ``KEY VALUE`` pairs (detectron2's grammar). The result is checked and canno
 
 import dataclasses
 import difflib
+import math
 import re
 import typing
 from collections.abc import Iterator, Sequence
@@ -95,7 +96,8 @@ def load_config(
         overrides: alternating dotted keys and YAML values, ``["optim.lr", "0.1"]``.
 
     Raises:
-        InputError: unknown key (names the nearest), wrong type, odd number of overrides.
+        InputError: unknown key (names the nearest), wrong type, a number that is not finite, odd
+            number of overrides.
     """
     config = _unlocked(OmegaConf.structured(schema))
     if path is not None:
@@ -119,9 +121,13 @@ def load_config(
         node[last] = value
         config = _merge(config, schema, nested, f"override {key!r}")
     try:
-        return typing.cast(T, OmegaConf.to_object(config))
+        loaded = typing.cast(T, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
         raise InputError(_first_line(error)) from None
+    for key, value in _dotted_items(to_dict(loaded)):
+        if any(isinstance(v, float) and not math.isfinite(v) for v in _listed(value)):
+            raise InputError(f"{key} is {value}; only finite numbers are accepted")
+    return loaded
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -179,10 +185,13 @@ def _unlocked(node: Any) -> Any:
 
 
 def _merge(config: Any, schema: type, content: dict[str, Any], where: str) -> Any:
-    known = set(schema_keys(schema))
-    for key in _dotted_keys(content):
+    known = list(schema_keys(schema))
+    for key, value in _dotted_items(content):
         if key not in known and not _inside_free_dict(schema, key):
             raise InputError(f"{where}: unknown key {key!r}{nearest(key, sorted(known))}")
+        inner = next((name for name in known if name.startswith(f"{key}.")), None)
+        if inner and not isinstance(value, dict):
+            raise InputError(f"{where}: {key} is a group of keys, not {value!r}; set {inner}, …")
     try:
         return OmegaConf.merge(config, content)
     except OmegaConfBaseException as error:
@@ -190,12 +199,16 @@ def _merge(config: Any, schema: type, content: dict[str, Any], where: str) -> An
         raise InputError(f"{where}: {key}: {_first_line(error)}") from None
 
 
-def _dotted_keys(content: dict[str, Any], prefix: str = "") -> Iterator[str]:
+def _dotted_items(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in content.items():
         name = f"{prefix}{key}"
-        yield name
+        yield name, value
         if isinstance(value, dict):
-            yield from _dotted_keys(value, name + ".")
+            yield from _dotted_items(value, name + ".")
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _inside_free_dict(schema: type, key: str) -> bool:

@@ -260,7 +260,14 @@ def _check(cfg: DataConfig) -> None:
     if cfg.image_size and cfg.image_size < 8:
         raise InputError(f"data.image_size is {cfg.image_size}; it must be 0 or at least 8 pixels")
     if not 0 <= cfg.val_fraction < 1:
-        raise InputError(f"data.val_fraction is {cfg.val_fraction}; it must lie in 0..1")
+        raise InputError(f"data.val_fraction is {cfg.val_fraction}; it must be in [0, 1)")
+    if cfg.workers < 0:
+        raise InputError(f"data.workers is {cfg.workers}; it must be 0 or more processes")
+    if cfg.resize_ratio not in (-1, 0) and not cfg.resize_ratio >= 1:
+        raise InputError(
+            f"data.resize_ratio is {cfg.resize_ratio}; it must be at least 1 (short side over crop "
+            "side), 0 (no crop) or -1 (the data set's own)"
+        )
     if cfg.limit < 0:
         raise InputError(f"data.limit is {cfg.limit}; it must be 0 (all images) or more")
 

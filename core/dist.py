@@ -13,6 +13,7 @@ from torch import Tensor
 from core.errors import InputError, LostRank, NonFiniteLoss
 
 T = TypeVar("T")
+LONGEST = 30 * 24 * 3600  # seconds; nobody waits longer
 TIMEOUT = 600  # seconds that a rank waits for another, unless a config says otherwise
 LOST = (  # what gloo and the store say when a process at the other end has gone or hangs
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting",
@@ -49,8 +50,8 @@ def init(device: str = "auto", timeout: int = TIMEOUT) -> torch.device:
     that a rank waits for another before the job ends.
     """
     chosen = pick_device(device)
-    if timeout < 1:
-        raise InputError(f"the timeout of a group is {timeout}; it must be at least 1 second")
+    if not 1 <= timeout <= LONGEST:
+        raise InputError(f"the timeout of a group is {timeout}; it must be 1 to {LONGEST} seconds")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not td.is_initialized():

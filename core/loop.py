@@ -307,8 +307,11 @@ class Trainer:
                         torch.distributed.broadcast(buffer, 0)
 
 
-def check(config: LoopConfig, images: int) -> None:
+def check(config: LoopConfig, images: int | None = None) -> None:
     """Refuse what cannot be run.
+
+    Args:
+        images: to train on; None while that is not known.
 
     Raises:
         InputError: naming the key and what would be right.
@@ -320,14 +323,21 @@ def check(config: LoopConfig, images: int) -> None:
             f"loop.batch_size {config.batch_size} must be a multiple of the {dist.world_size()} "
             "processes"
         )
-    if images < config.batch_size:
+    if images is not None and images < config.batch_size:
         raise InputError(
             f"loop.batch_size {config.batch_size} exceeds the {images} training images"
         )
     if config.sync_bn and dist.pick_device(config.device).type == "cpu":
         raise InputError("loop.sync_bn needs GPUs: set it to false, or loop.device to cuda")
-    for key in ("save_every", "log_every", "timeout"):
+    for key in ("save_every", "log_every"):
         if getattr(config, key) < 1:
             raise InputError(f"loop.{key} {getattr(config, key)} must be at least 1")
+    if not 1 <= config.timeout <= dist.LONGEST:
+        raise InputError(f"loop.timeout {config.timeout} must be 1 to {dist.LONGEST} seconds")
+    for key in ("resume_every", "eval_every", "clip_grad_norm"):
+        if not getattr(config, key) >= 0:
+            raise InputError(f"loop.{key} {getattr(config, key)} must not be negative")
+    if config.nesterov and config.momentum == 0:
+        raise InputError("loop.nesterov needs a loop.momentum above 0")
     if not math.isfinite(config.momentum) or not 0 <= config.momentum < 1:
         raise InputError(f"loop.momentum {config.momentum} must be in [0, 1)")

@@ -180,11 +180,20 @@ def create_model(arch: str, num_classes: int) -> ResNet:
     Raises:
         InputError: unknown ``arch``; the sentence names the nearest.
     """
+    return ResNet(arch, find_architecture(arch), num_classes)
+
+
+def find_architecture(arch: str) -> Architecture:
+    """Return what a name stands for.
+
+    Raises:
+        InputError: unknown ``arch``; the sentence names the nearest.
+    """
     if arch not in ARCHITECTURES:
         close = difflib.get_close_matches(arch, ARCHITECTURES, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(ARCHITECTURES)}"
         raise InputError(f"arch {arch!r} is unknown; {hint}")
-    return ResNet(arch, ARCHITECTURES[arch], num_classes)
+    return ARCHITECTURES[arch]
 
 
 def _make_stage(

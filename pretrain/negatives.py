@@ -37,6 +37,7 @@ _STEP = 0x9E3779B97F4A7C15
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
+LONGEST_ORDER = (1 << 31) - 1  # P at most: positions are int32
 BLOCK = 512  # pool positions that are counted together
 BLOCKS_AT_A_TIME = 8  # on a CPU, so that they stay in its cache
 
@@ -52,6 +53,11 @@ class Windows:
     length: Tensor  # B int32, positions that it passes
     count: Tensor  # B, negatives among them: K, or all others where there are fewer
     inside: bool = False  # every position that will be asked for lies in every window
+
+    @property
+    def is_on_host(self) -> bool:
+        """Whether reading a value costs nothing, because no device has to be waited for."""
+        return self.rows.device.type == "cpu"
 
     def counted(self, low: int, high: int, dtype: torch.dtype) -> Tensor:
         """Return 1 where pool positions low … high are negatives of the images, else 0, B×C."""
@@ -106,7 +112,7 @@ class Windows:
         """
         pool = len(self.rows)
         starts = range(0, pool, size)
-        if self.rows.device.type != "cpu":
+        if not self.is_on_host:
             return [(low, None, False) for low in starts]
         low = torch.tensor(starts)[:, None]  # chunks×1
         high = (low + size).clamp(max=pool)
@@ -208,7 +214,7 @@ def make_drawer(
         rows = slice(number // world, None, strata // world)
         own = row_groups[rows]
         largest = int(torch.unique(own, return_counts=True)[1].max()) if len(own) else 0
-        share = negatives * (number + 1) // strata - negatives * number // strata
+        share = share_of(number, strata, negatives)
         replace = replacement == "always"
         replace = replace or (replacement == "auto" and share > len(own) - largest)
         size = pool_rows(
@@ -216,6 +222,11 @@ def make_drawer(
         )
         parts.append(Stratum(number, rows, share, size, replace))
     return Drawer(seed, parts, shared)
+
+
+def share_of(number: int, strata: int, negatives: int) -> int:
+    """Return how many of K negatives come from one of S strata; they add up to K."""
+    return negatives * (number + 1) // strata - negatives * number // strata
 
 
 def pool_rows(

@@ -26,7 +26,7 @@ from core.datasets import (
 from core.errors import InputError
 from core.files import ENDING, sweep
 from core.loop import Hooks, LoopConfig, Objective
-from core.resnet import ResNet, create_model
+from core.resnet import ResNet, create_model, find_architecture
 from core.results import (
     ResultRow,
     append_rows,
@@ -35,9 +35,11 @@ from core.results import (
     read_rows,
     sha256_of,
 )
-from pretrain.objectives import CTC, CEConfig, CrossEntropy, CTCConfig
+from pretrain.objectives import CTC, CrossEntropy
+from pretrain.recipe import CEConfig, CTCConfig, check_ce, check_ctc
 
 METHODS = ("random", "ce", "ctc")
+LARGEST_SEED = (1 << 32) - 1
 CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"  # in a run folder
 WITHOUT_EFFECT: dict[
     str, tuple[str, ...]
@@ -75,9 +77,7 @@ def pretrain(config: PretrainConfig, folder: Path, resume_run: bool = False) -> 
     device = dist.init(config.loop.device, config.loop.timeout)
     resume_run = dist.from_main(lambda: prepare_folder(folder, config, resume_run))
     dist.from_main(lambda: clear_leftovers(folder))
-    torch.manual_seed(config.seed)
-    dataset, held_out = open_data(config)
-    objective = build_objective(config, dataset)
+    dataset, held_out, objective = make_ready(config)
     last = sum(stage.epochs for stage in objective.stages())
     if dist.is_main():
         print(describe(config, dataset, last, device), flush=True)
@@ -127,12 +127,29 @@ def plan(config: PretrainConfig, folder: Path, resume_run: bool) -> str:
         InputError: as ``pretrain``.
     """
     prepare_folder(folder, config, resume_run)
-    dataset, _ = open_data(config)
-    objective = build_objective(config, dataset)
-    loop.check(config.loop, len(dataset))
+    dataset, _, objective = make_ready(config)
     epochs = sum(stage.epochs for stage in objective.stages())
     sentence = describe(config, dataset, epochs, dist.pick_device(config.loop.device))
     return f"{yaml.safe_dump(to_dict(config), sort_keys=False)}# {sentence}\n# into {folder}"
+
+
+def make_ready(config: PretrainConfig) -> tuple[IndexedDataset, IndexedDataset, Objective]:
+    """Return ``open_data``'s images and the objective around a network drawn from the seed.
+
+    Raises:
+        InputError: whatever in the recipe cannot be, before anything is written.
+    """
+    if not 0 <= config.seed <= LARGEST_SEED:
+        raise InputError(f"seed {config.seed} must be in 0..{LARGEST_SEED}")
+    if config.method not in METHODS:
+        raise InputError(f"method {config.method!r} is not one of {', '.join(METHODS)}")
+    find_architecture(config.arch)
+    check_ctc(config.ctc) if config.method == "ctc" else check_ce(config.ce)
+    loop.check(config.loop)  # what needs no data comes first: to list a million files takes minutes
+    torch.manual_seed(config.seed)
+    dataset, held_out = open_data(config)
+    loop.check(config.loop, len(dataset))
+    return dataset, held_out, build_objective(config, dataset)
 
 
 def build_objective(config: PretrainConfig, dataset: IndexedDataset) -> Objective:
@@ -147,8 +164,6 @@ def build_objective(config: PretrainConfig, dataset: IndexedDataset) -> Objectiv
     ce = config.ce
     if config.method == "random":
         ce = dataclasses.replace(ce, stage=dataclasses.replace(ce.stage, epochs=0))
-    elif config.method != "ce":
-        raise InputError(f"method {config.method!r} is not one of {', '.join(METHODS)}")
     return CrossEntropy(model, ce)
 
 

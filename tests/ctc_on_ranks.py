@@ -24,7 +24,8 @@ from core import dist
 from core.loop import Hooks, LoopConfig, Objective, Trainer
 from core.resume import Position
 from pretrain import losses
-from pretrain.objectives import CTC, CEConfig, CrossEntropy, CTCConfig, StageConfig
+from pretrain.objectives import CTC, CrossEntropy
+from pretrain.recipe import CEConfig, CTCConfig, StageConfig
 from pretrain.terms import PreservationTerm
 
 WORLDS = (1, 2, 4)

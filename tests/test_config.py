@@ -55,7 +55,7 @@ def test_a_saved_config_loads_to_an_equal_one(tmp_path: Path) -> None:
         ("lr: 1", "did you mean 'optim.lr'"),
         ("optim: {lr: fast}", "optim.lr.*'fast'"),
         ("optim: {steps: 1.5}", "optim.steps.*1.5"),
-        ("optim: 3", "int"),
+        ("optim: 3", "optim is a group of keys, not 3; set optim.lr"),
         ("optim: {lr: 1, lr: 2}", "'lr' stands twice"),
         ("- 1", "must hold KEY: VALUE pairs"),
         ("optim: {", "not valid YAML"),

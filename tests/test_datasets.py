@@ -183,7 +183,7 @@ def test_root_is_found_under_the_data_folder_of_the_environment(folder, monkeypa
         ({"augmentation": "crop"}, "crop_flip"),
         ({"image_size": 4}, "at least 8"),
         ({"limit": -1}, "0 \\(all images\\)"),
-        ({"val_fraction": 1.0}, "0..1"),
+        ({"val_fraction": 1.0}, "in \\[0, 1\\)"),
         ({"mean": [0.5]}, "three numbers"),
         ({"std": [0.0, 1.0, 1.0]}, "std above 0"),
     ],

@@ -16,10 +16,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.errors import InputError
 from core.schedule import learning_rate
-from pretrain.objectives import CTC, CEConfig, CrossEntropy, CTCConfig, StageConfig
+from pretrain.memory import DTYPES
+from pretrain.negatives import Windows
+from pretrain.objectives import CTC, CrossEntropy
+from pretrain.recipe import CEConfig, CTCConfig, StageConfig
 from pretrain.terms import InstanceTerm, PreservationTerm
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -91,36 +95,150 @@ def test_stage_one_equals_a_loop_over_images_and_rows() -> None:
     torch.testing.assert_close(losses["loss_ce"], plain)
 
 
-def test_stage_two_equals_a_loop_over_images_and_negatives() -> None:
-    """Twice in a row: the first batch fixes Z, the second uses it with the banks as moved."""
-    objective = at_stage(1)
+STAGE_TWO: list[dict[str, Any]] = [
+    {},
+    {"estimator": "infonce"},
+    {"negatives": "shared"},
+    {"negatives": "shared", "estimator": "infonce"},
+    {"replacement": "always"},
+    {"replacement": "never", "num_negatives": 30},
+    {"num_negatives": 60},  # more than there are: with replacement
+    {"num_negatives": 0},
+    {"other_class_only": False},
+    {"other_class_only": False, "num_negatives": 0, "estimator": "infonce"},
+    {"pool": 20},
+    {"strata": 4},
+    {"z": "ema", "z_decay": 0.6},
+]
+
+
+def contrast_by_hand(scores: list[list[float]], z: float, estimator: str) -> float:
+    """ℓ of exp(·/τ) of [positive, negatives…] per image, averaged, term by term."""
+    total = 0.0
+    for positive, *others in scores:
+        share = len(others) / toy.N
+        if estimator == "infonce":
+            total -= math.log(positive / (positive + sum(others)))
+            continue
+        p = positive / z
+        total -= math.log(p / (p + share + 1e-7))
+        for other in others:
+            total -= math.log(share / (other / z + share + 1e-7))
+    return total / len(scores)
+
+
+@pytest.mark.parametrize("changes", STAGE_TWO, ids=lambda changes: str(changes or "released"))
+def test_stage_two_equals_a_loop_over_images_and_negatives(changes: dict[str, Any]) -> None:
+    """Three times in a row: the first batch fixes Z, the others use it with the banks as moved."""
+    config = small(**changes)
+    objective = at_stage(1, config)
     term = objective.term
     assert isinstance(term, PreservationTerm)
-    n, k, z = toy.N, 12, [0.0, 0.0]
-    for step in (0, 1):
-        (windows,) = term.drawer.draw(step, INDEX, LABELS[INDEX], term.groups)
-        negatives = windows.listed().tolist()
+    z = [0.0, 0.0]
+    groups = LABELS if config.other_class_only else torch.arange(toy.N)
+    for step in (0, 1, 2):
+        parts = term.drawer.draw(step, INDEX, groups[INDEX], term.groups)
+        negatives = torch.cat([part.listed() for part in parts], dim=1)
+        assert (groups[negatives] != groups[INDEX, None]).all()
+        with_others = config.num_negatives or int((groups != groups[0]).sum())
+        assert negatives.shape == (len(INDEX), with_others)
+        if config.replacement != "always" and config.num_negatives <= 30:
+            assert all(len(set(row)) == len(row) for row in negatives.tolist())
+        if config.negatives == "shared":
+            same = LABELS[INDEX] == LABELS[INDEX[0]]
+            assert len({tuple(row) for row in negatives[same].tolist()}) == 1
         v = embedding(term.projection, features(objective.model))
         t = embedding(term.frozen_projection, features(term.frozen))
         expected = 0.0
         for number, (side, bank) in enumerate(((v, term.frozen_bank), (t, term.bank))):
             rows = bank.rows.tolist()
-            everything = [
+            scores = [
                 [math.exp(dot(e, rows[j]) / 0.3) for j in [i, *others]]
-                for e, i, others in zip(side, INDEX.tolist(), negatives, strict=True)
+                for e, i, others in zip(side, INDEX.tolist(), negatives.tolist(), strict=True)
             ]
-            if step == 0:
-                flat = [value for row in everything for value in row]
-                z[number] = n * sum(flat) / len(flat)
-            for positive, *others in everything:
-                p = positive / z[number]
-                expected -= math.log(p / (p + k / n + 1e-7)) / len(INDEX)
-                for other in others:
-                    p = other / z[number]
-                    expected -= math.log((k / n) / (p + k / n + 1e-7)) / len(INDEX)
+            of_batch = toy.N * sum(map(sum, scores)) / sum(map(len, scores))
+            z[number] = z[number] if step else of_batch
+            expected += contrast_by_hand(scores, z[number], config.estimator)
+            if config.z == "ema":
+                z[number] = config.z_decay * z[number] + (1 - config.z_decay) * of_batch
         losses = forward(objective, step=step)
         assert float(losses["loss_ips"].detach()) == pytest.approx(expected, rel=1e-9)
         objective.after_step()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_bank_of_any_dtype_gives_the_loss_of_its_rows(dtype: str, number: int) -> None:
+    """The rows are rounded as they are stored; nothing else is."""
+    both = []
+    for rows_dtype in (dtype, "fp32"):
+        objective = CTC(toy.ToyNetwork(), LABELS, small(bank_dtype=rows_dtype), seed=3)
+        for stage in range(number + 1):
+            objective.enter_stage(stage)
+            objective.start_stage(stage, no_batches)
+        both.append(objective.train())
+    rounded, wide = both
+    state = rounded.state_dict()
+    assert {v.dtype for k, v in state.items() if k.endswith("bank.rows")} == {DTYPES[dtype]}
+    wide.load_state_dict(state)
+    batch = (IMAGES[INDEX].float(), LABELS[INDEX], INDEX)
+    torch.testing.assert_close(rounded(*batch), wide(*batch), rtol=1e-5, atol=1e-6)
+
+
+class NoHostReads(TorchDispatchMode):
+    """Refuses what makes a host wait for its device: reading a value, or a size it decides."""
+
+    READS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket.__name__ not in self.READS, f"{func} reads from the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("changes", STAGE_TWO, ids=lambda changes: str(changes or "released"))
+def test_on_a_device_a_step_reads_nothing_back_and_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """Windows are spread over chunks as on a GPU, where the host does not know them."""
+    here = at_stage(1, small(**changes))
+    for step in (0, 1):
+        expected = forward(here, step=step)
+        here.after_step()
+    there = at_stage(1, small(**changes))
+    forward(there, step=0)  # Z is known from here on
+    there.after_step()
+    monkeypatch.setattr(Windows, "is_on_host", False)
+    with NoHostReads():
+        losses = forward(there, step=1)
+        sum(losses.values(), torch.zeros(())).backward()
+        there.after_step()
+    torch.testing.assert_close(losses, expected)
+
+
+def test_stage_one_reads_nothing_back() -> None:
+    objective = at_stage(0)
+    with NoHostReads():
+        sum(forward(objective).values(), torch.zeros(())).backward()
+        objective.after_step()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_a_gpu_gives_the_losses_of_a_cpu(number: int, dtype: str) -> None:
+    """On as many negatives as there are: each device draws its own."""
+    losses = []
+    for device in ("cpu", "cuda"):
+        config = small(bank_dtype=dtype, num_negatives=0)
+        objective = CTC(toy.ToyNetwork(), LABELS, config, seed=3)
+        for stage in range(number + 1):
+            objective.enter_stage(stage)
+            objective.to(device)
+            objective.start_stage(stage, no_batches)
+        batch = (IMAGES[INDEX].float(), LABELS[INDEX], INDEX)
+        losses.append(objective.train()(*(part.to(device) for part in batch)))
+    for key, value in losses[0].items():
+        torch.testing.assert_close(losses[1][key].cpu(), value, rtol=1e-4, atol=1e-4)
 
 
 def test_after_a_step_the_banks_hold_what_was_seen() -> None:
@@ -334,6 +452,8 @@ def test_ce_schedule_is_the_released_one() -> None:
         ({"pool": 5}, "ctc.pool 5 is smaller"),
         ({"num_negatives": 31, "replacement": "never"}, "exceeds the 30 images"),
         ({"strata": 13}, "13 strata"),
+        ({"strata": 46, "num_negatives": 60}, "ctc.strata 46 exceeds the 45 images"),
+        ({"strata": 7, "num_negatives": 30, "replacement": "never"}, "5 of the 4 images"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], said: str) -> None:
