@@ -5,6 +5,7 @@ Shapes: ``N`` images of a split, ``D`` embedding, ``n`` pairs of an information 
 Where this run's rows already say how long a measurement took, that is taken instead of a trial.
 """
 
+import collections
 import dataclasses
 import itertools
 import time
@@ -20,6 +21,8 @@ from analysis.survey import Epoch
 from analysis.timeline import ALL, Timeline, Unit
 from core.amp import autocast
 from core.checkpoint import load_checkpoint
+from core.errors import UnreadableImage
+from core.features import all_unreadable
 from core.results import read_rows
 
 TRIAL = 2000  # images of a trial, at most
@@ -46,38 +49,55 @@ def expected_cost(timeline: Timeline, todo: Sequence[tuple[Epoch, Unit]]) -> Cos
     for unit, count in counts.items():
         seconds = known.get(unit) or _trial(timeline, unit)
         quantities[unit.quantity] = quantities.get(unit.quantity, 0.0) + count * seconds
-    images = 0
-    for epoch, group in itertools.groupby(todo, key=lambda pair: pair[0]):
-        del epoch
-        images += sum(len(split) for split in _splits(timeline, {unit for _, unit in group}))
-    return Cost(images * _seconds_an_image(timeline) if images else 0.0, quantities)
+    return Cost(_features(timeline, todo), quantities)
 
 
-def _splits(timeline: Timeline, units: set[Unit]) -> list[Tensor]:
-    """Return the labels of every split whose features some unit needs."""
+def _features(timeline: Timeline, todo: Sequence[tuple[Epoch, Unit]]) -> float:
+    """Return the expected seconds of reading images and of the network's passes over them."""
+    images = collections.Counter[int]()  # by place
+    for _, group in itertools.groupby(todo, key=lambda pair: pair[0]):
+        for place, split in _splits(timeline, {unit for _, unit in group}):
+            images[place] += len(timeline.datasets[place][split])
+    return sum(count * _seconds_an_image(timeline, place) for place, count in images.items())
+
+
+def _splits(timeline: Timeline, units: set[Unit]) -> set[tuple[int, str]]:
+    """Return the place and name of every split whose features some unit needs."""
     needed = set()
     for unit in units:
         splits = list(timeline.datasets[unit.place])
         both = unit.split == ALL or unit.quantity == "probe"
         needed |= {(unit.place, split) for split in (splits if both else [unit.split])}
-    return [timeline.datasets[place][split].labels for place, split in needed]
+    return needed
 
 
-def _seconds_an_image(timeline: Timeline) -> float:
-    """Time the network on one batch of noise; decoding is not in it."""
-    checkpoint = load_checkpoint(timeline.survey.epochs[-1].path)
-    model = network_of(checkpoint).to(timeline.device).eval()
-    side = next(iter(timeline.datasets[0].values())).image_size
-    batch = min(32, timeline.config.features.batch_size)
-    images = torch.zeros(batch, 3, side, side, device=timeline.device)
+def _seconds_an_image(timeline: Timeline, place: int) -> float:
+    """Time a batch of a data set: its reading here, and the network on images of its size.
+
+    Workers read while the network runs, and share the reading.
+    """
+    how = timeline.config.features
+    dataset = next(iter(timeline.datasets[place].values()))
+    model = network_of(load_checkpoint(timeline.survey.epochs[-1].path))
+    model = model.to(timeline.device).eval()
+    batch = min(32, how.batch_size, len(dataset))
+    images = torch.zeros(batch, 3, dataset.image_size, dataset.image_size, device=timeline.device)
     images = images.contiguous(memory_format=torch.channels_last)
 
     def forward() -> None:
-        with torch.no_grad(), autocast(timeline.config.features.amp, timeline.device):
+        with torch.no_grad(), autocast(how.amp, timeline.device):
             model.forward_features(images).sum().item()
 
+    def read() -> None:
+        for position in torch.linspace(0, len(dataset) - 1, batch).long().tolist():
+            dataset[position]
+
     forward()
-    return _seconds(forward) / batch
+    try:
+        reading, network = _seconds(read) / batch, _seconds(forward) / batch
+    except UnreadableImage as error:
+        raise all_unreadable(error, dataset) from None
+    return max(reading / how.workers, network) if how.workers else reading + network
 
 
 def _recorded(timeline: Timeline) -> dict[Unit, float]:

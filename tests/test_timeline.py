@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from analysis.retrieval import recall_at_1
 from analysis.survey import schedule_of, survey
 from analysis.timeline import Timeline, TimelineConfig, summary
 from core.checkpoint import Facts, save_checkpoint
-from core.datasets import DataConfig
+from core.datasets import DataConfig, IndexedDataset
 from core.errors import InputError
 from core.resnet import create_model
 from core.results import ResultRow, read_rows
@@ -275,6 +276,32 @@ def test_time_is_told_before_the_start_and_from_the_rows_once_there_are_some(
     monkeypatch.undo()
     told = expected_cost(only, only.todo())
     assert told.quantities["companions"] >= 5 * 2  # two measured units again for epoch 1
+
+
+def test_the_expected_time_counts_reading_and_each_data_sets_own_images(
+    tmp_path: Path, tiny_npz: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A target that takes 10 ms an image to read, 72 images, 2 epochs; half with two workers."""
+    run = tmp_path / "run"
+    write_epoch(run, 0, tiny_npz)
+    write_epoch(run, 1, tiny_npz)
+    config = quick(target, quantities=["probe"])
+    timeline = Timeline(run, config, "tiny")
+    before = expected_cost(timeline, timeline.todo()).features
+    slow = IndexedDataset.__getitem__
+
+    def read(dataset: IndexedDataset, key: Any) -> Any:
+        time.sleep(0.01 if dataset.name == "elsewhere" else 0)
+        return slow(dataset, key)
+
+    monkeypatch.setattr(IndexedDataset, "__getitem__", read)
+    after = expected_cost(timeline, timeline.todo()).features
+    assert after > 2 * 72 * 0.01
+    assert after > before
+    shared = dataclasses.replace(config, features=Extraction(workers=2, cache=False))
+    helped = expected_cost(Timeline(run, shared, "tiny"), timeline.todo()).features
+    assert helped > 72 * 0.01
+    assert helped < after
 
 
 @pytest.mark.parametrize(
