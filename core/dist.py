@@ -17,7 +17,7 @@ LONGEST = 30 * 24 * 3600  # seconds; nobody waits longer
 TIMEOUT = 600  # seconds that a rank waits for another, unless a config says otherwise
 LOST = (  # what gloo and the store say when a process at the other end has gone or hangs
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting",
-    "timed out", "Socket closed",
+    "timed out", "Socket closed", "Application timeout",
 )  # fmt: skip
 
 

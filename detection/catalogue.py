@@ -58,7 +58,7 @@ def open_named(name: str, shapes: dict[str, Any], scratch: Path | None = None) -
     for place in places:
         if not place.exists():
             raise InputError(_missing(name, place, kind))
-    if kind in ("voc", "cityscapes"):
+    if kind in foreign.OWN_FORMATS:
         return foreign.open_split(name, kind)
     return open_pair(places[0], places[1], split=split, name=stem, kind=kind)
 
@@ -78,12 +78,10 @@ def open_shapes(split: str, shapes: dict[str, Any], scratch: Path | None = None)
 def register(splits: Iterable[Split]) -> None:
     """Make splits known to detectron2's catalogue, in place of any older one of that name."""
     for split in splits:
-        if split.kind in ("voc", "cityscapes"):
+        if split.kind in foreign.OWN_FORMATS:
             continue  # detectron2 has them under these names
         name = split.catalog_name
-        if name in DatasetCatalog.list():
-            DatasetCatalog.remove(name)
-            MetadataCatalog.pop(name, None)
+        foreign.forget(name)
         if split.kind == "lvis":
             DatasetCatalog.register(name, functools.partial(foreign.lvis_records, split))
             meta = MetadataCatalog.get(name)

@@ -67,7 +67,7 @@ def evaluate_model(
     """
     folder.mkdir(parents=True, exist_ok=True)
     loader = test_loader(cfg, split.catalog_name)
-    own_rules = split.kind in ("voc", "cityscapes")
+    own_rules = split.kind in foreign.OWN_FORMATS
     evaluator = foreign.evaluator(split) if own_rules else Evaluator(split, cfg, folder)
     quiet = not (bar and comm.is_main_process())
     with Progress(len(loader), f"evaluating {split.catalog_name}", quiet=quiet) as progress:

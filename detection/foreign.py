@@ -3,12 +3,15 @@
 VOC and Cityscapes are loaded and judged by detectron2's code, LVIS is judged by hotcoco.
 """
 
+import functools
 import importlib.util
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_pascal_voc
+from detectron2.data.datasets.cityscapes import load_cityscapes_instances
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     DatasetEvaluator,
@@ -20,6 +23,8 @@ from core.errors import InputError
 from detection.coco_backends import Evaluation
 from detection.datasets import Split, read_annotations
 
+OWN_FORMATS = ("voc", "cityscapes")  # those that have no json
+CITYSCAPES_NEEDS = ("cityscapesscripts", "shapely")
 LVIS_STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
 
 
@@ -36,8 +41,10 @@ def open_split(name: str, kind: str) -> Split:
         InputError: an annotation or image is missing, or a package that reads them is.
     """
     meta = MetadataCatalog.get(name)
-    if kind == "cityscapes" and not importlib.util.find_spec("cityscapesscripts"):
-        raise InputError("Cityscapes needs its own script: `pip install cityscapesscripts`")
+    if kind == "cityscapes" and not all(map(importlib.util.find_spec, CITYSCAPES_NEEDS)):
+        raise InputError(
+            f"Cityscapes needs its own script: `pip install {' '.join(CITYSCAPES_NEEDS)}`"
+        )
     try:
         records = DatasetCatalog.get(name)
     except (OSError, ValueError, SyntaxError, AttributeError, AssertionError) as error:
@@ -59,6 +66,42 @@ def open_split(name: str, kind: str) -> Split:
         has_rle=False,
         kind=kind,
     )
+
+
+def open_few(split: Split, number: int, folder: Path) -> Split:
+    """Register and open the first images of a VOC or Cityscapes split, as links in ``folder``."""
+    name, meta = f"preflight_{split.kind}_few", MetadataCatalog.get(split.catalog_name)
+    forget(name)
+    if split.kind == "voc":
+        listing, *parts = voc_places(Path(meta.dirname), meta.split)
+        (folder / "ImageSets" / "Main").mkdir(parents=True)
+        for part in parts:
+            (folder / part.name).symlink_to(part.absolute())
+        images = listing.read_text(encoding="utf-8").split()[: max(number, 2)]  # one is no list
+        voc_places(folder, "few")[0].write_text("\n".join(images), encoding="utf-8")
+        register_pascal_voc(name, str(folder), "few", meta.year, split.classes)
+        return open_split(name, "voc")
+    places = {"image_dir": folder / "leftImg8bit", "gt_dir": folder / "gtFine"}
+    for image in sorted(Path(meta.image_dir).glob("*/*_leftImg8bit.png"))[:number]:
+        city, stem = image.parent.name, image.name.removesuffix("leftImg8bit.png")
+        for place, file in [
+            ("image_dir", image),
+            *(("gt_dir", f) for f in Path(meta.gt_dir, city).glob(f"{stem}gtFine_*")),
+        ]:
+            (places[place] / city).mkdir(parents=True, exist_ok=True)
+            (places[place] / city / file.name).symlink_to(file.absolute())
+    given = {key: str(place) for key, place in places.items()}
+    load = functools.partial(load_cityscapes_instances, **given, from_json=True, to_polygons=True)
+    DatasetCatalog.register(name, load)
+    MetadataCatalog.get(name).set(**given, thing_classes=list(split.classes))
+    return open_split(name, "cityscapes")
+
+
+def forget(name: str) -> None:
+    """Take a data set out of detectron2's catalogue, if it is there."""
+    if name in DatasetCatalog.list():
+        DatasetCatalog.remove(name)
+        MetadataCatalog.pop(name, None)
 
 
 def lvis_records(split: Split) -> list[dict[str, Any]]:
@@ -112,9 +155,23 @@ def judge_lvis(json_path: Path, detections: list[dict[str, Any]], task: str) -> 
     return Evaluation(task, values, {}, no_curves())
 
 
+class CityscapesEvaluator(CityscapesInstanceEvaluator):
+    """detectron2's; Cityscapes' script wants ``numpy.in1d``, which NumPy 2.4 has no more."""
+
+    def evaluate(self) -> Any:
+        """Return AP and AP50 of the masks."""
+        if hasattr(np, "in1d"):
+            return super().evaluate()
+        np.in1d = lambda values, among: np.isin(values, among).ravel()
+        try:
+            return super().evaluate()
+        finally:
+            del np.in1d
+
+
 def evaluator(split: Split) -> DatasetEvaluator:
     """Return detectron2's own evaluator of VOC or Cityscapes."""
-    makers = {"voc": PascalVOCDetectionEvaluator, "cityscapes": CityscapesInstanceEvaluator}
+    makers = {"voc": PascalVOCDetectionEvaluator, "cityscapes": CityscapesEvaluator}
     return makers[split.kind](split.catalog_name)
 
 

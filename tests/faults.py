@@ -34,6 +34,7 @@ class Fault:
 
     where: str = "never"  # a key of PLACES, or as ``_arm`` knows it
     count: int = 1
+    signal: str = "SIGKILL"  # what the process gets at a key of PLACES
     file_limit: int = 0  # bytes that a file may have, 0: any
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -96,7 +97,8 @@ def _arm(fault: Fault) -> None:
         _wrap(resume.RunLog, "write", fault.count, instead=_half_line)
     elif fault.where in PLACES:
         owner, name, when = PLACES[fault.where]
-        _wrap(owner, name, fault.count, **{when: _kill})
+        number = getattr(signal, fault.signal)
+        _wrap(owner, name, fault.count, **{when: lambda: os.kill(os.getpid(), number)})
 
 
 def _wrap(owner: Any, name: str, count: int, **what: Callable[..., None]) -> None:
@@ -135,6 +137,7 @@ def _half_line(log: Any, iteration: int, **figures: Any) -> None:
 def _places() -> dict[str, tuple[Any, str, str]]:
     from core import loop, resume
     from pretrain import run as pretrain_run
+    from pretrain import terms
 
     return {
         "before a rename": (Path, "replace", "before"),
@@ -142,6 +145,7 @@ def _places() -> dict[str, tuple[Any, str, str]]:
         "before a flush": (os, "fsync", "before"),
         "before a step": (loop.Trainer, "step", "before"),
         "after a step": (loop.Trainer, "step", "after"),
+        "in the refresh": (terms.PreservationTerm, "_frozen_features", "before"),  # then each step
         "after a state": (resume, "save", "after"),
         "before the row": (pretrain_run, "record", "before"),
         "after the row": (pretrain_run, "record", "after"),

@@ -1,21 +1,27 @@
 """Data sets with rules of their own: opened by name, judged by those rules, trained on."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_pascal_voc
+from detectron2.data.datasets.builtin_meta import _get_builtin_metadata
+from detectron2.data.datasets.cityscapes import load_cityscapes_instances
 from detectron2.structures import Boxes, Instances
 
 from core.errors import InputError
 from core.results import read_rows
 from detection import catalogue, foreign
+from detection.bench import Limits
 from detection.datasets import open_pair
 from detection.job import Request
+from detection.preflight import PASSED, preflight
 from detection.run import run
 from tests.detection_tiny import CLASSES, SMALL, write_pair
 
@@ -107,6 +113,18 @@ def test_a_voc_run_ends_in_voc_rows(voc: str, tmp_path: Path) -> None:
     assert found == {"bbox/AP", "bbox/AP50", "bbox/AP75"}
 
 
+def test_a_few_images_of_voc_are_judged_before_a_run(voc: str, tmp_path: Path) -> None:
+    data = ["DATASETS.TRAIN", f"('{voc}',)", "DATASETS.TEST", f"('{voc}',)"]
+    asked = Request(
+        num_gpus=0, output=str(tmp_path / "run"), overrides=[*SMALL, *ONE_STEP, *data],
+        config="detection/faster_rcnn_R18_FPN_shapes.yaml",
+    )  # fmt: skip
+    for images in (1, 3):
+        found = {f.name: f for f in preflight(asked, Limits(images=images), ["evaluate"])}
+        assert found["evaluate"].mark == PASSED, found["evaluate"].fact
+        assert f"3 rows from {max(images, 2)} images" in found["evaluate"].fact
+
+
 def _lvis(folder: Path) -> tuple[Path, Path]:
     path, images = write_pair(folder)
     content = json.loads(path.read_text())
@@ -180,6 +198,61 @@ def test_a_keypoint_run_ends_in_keypoint_rows(tmp_path: Path) -> None:
     fields = {key: str(value) for key, value in data.items()}
     found = _run(tmp_path / "run", config=config, overrides=more, **fields)
     assert {"keypoints/AP", "keypoints/APl", "bbox/AP"} <= found
+
+
+@pytest.fixture
+def city(tmp_path: Path) -> str:
+    """Four images in Cityscapes' layout, one car each, known to detectron2 as tinycity_val."""
+    pytest.importorskip("cityscapesscripts")
+    pytest.importorskip("shapely")
+    images, truth = tmp_path / "leftImg8bit" / "c", tmp_path / "gtFine" / "c"
+    images.mkdir(parents=True)
+    truth.mkdir(parents=True)
+    outline = [[10, 10], [39, 10], [39, 39], [10, 39]]
+    polygons = {"imgHeight": 64, "imgWidth": 96, "objects": [{"label": "car", "polygon": outline}]}
+    for number in range(4):
+        stem = f"c_{number:06d}_000019"
+        ids = np.zeros((64, 96), np.uint16)
+        ids[10:40, 10:40] = 26000  # the first car
+        cv2.imwrite(str(images / f"{stem}_leftImg8bit.png"), 50 + ids.astype(np.uint8))
+        cv2.imwrite(str(truth / f"{stem}_gtFine_instanceIds.png"), ids)
+        cv2.imwrite(str(truth / f"{stem}_gtFine_labelIds.png"), (ids // 1000).astype(np.uint8))
+        (truth / f"{stem}_gtFine_polygons.json").write_text(json.dumps(polygons))
+    name, places = "tinycity_val", {"image_dir": str(images.parent), "gt_dir": str(truth.parent)}
+    foreign.forget(name)
+    load = functools.partial(load_cityscapes_instances, **places, from_json=True, to_polygons=True)
+    DatasetCatalog.register(name, load)
+    known = _get_builtin_metadata("cityscapes")
+    MetadataCatalog.get(name).set(**places, evaluator_type="cityscapes_instance", **known)
+    return name
+
+
+def test_perfect_cityscapes_masks_have_an_ap_of_100(city: str) -> None:
+    split = catalogue.open_named(city, {})
+    judge = foreign.evaluator(split)
+    judge.reset()
+    for record in DatasetCatalog.get(city):
+        found = Instances((record["height"], record["width"]))
+        mask = np.zeros((1, 64, 96), bool)
+        mask[0, 10:40, 10:40] = True
+        found.pred_masks, found.scores = torch.from_numpy(mask), torch.ones(1)
+        found.pred_classes = torch.tensor([record["annotations"][0]["category_id"]])
+        judge.process([record], [{"instances": found}])
+    (evaluation,) = foreign.as_evaluations(judge.evaluate())
+    assert evaluation.iou_type == "segm"
+    assert evaluation.stats == pytest.approx({"AP": 1.0, "AP50": 1.0})
+
+
+def test_a_cityscapes_run_is_checked_and_ends_in_rows(city: str, tmp_path: Path) -> None:
+    data = ["DATASETS.TRAIN", f"('{city}',)", "DATASETS.TEST", f"('{city}',)"]
+    config = "detection/mask_rcnn_R18_FPN_shapes.yaml"
+    asked = Request(
+        num_gpus=0, config=config, output=str(tmp_path / "run"),
+        overrides=[*SMALL, *ONE_STEP, *data],
+    )  # fmt: skip
+    (*_, few) = preflight(asked, Limits(images=2), ["evaluate"])
+    assert (few.mark, "2 rows from 2 images" in few.fact) == (PASSED, True), few.fact
+    assert _run(tmp_path / "run", config=config, overrides=data) == {"segm/AP", "segm/AP50"}
 
 
 def test_cityscapes_says_what_it_needs() -> None:

@@ -38,3 +38,21 @@ def test_alone_every_helper_is_the_identity() -> None:
     assert dist.all_mean(tensor) is tensor
     assert dist.broadcast_object("x") == "x"
     assert (dist.rank(), dist.world_size(), dist.is_main()) == (0, 1, True)
+
+
+@pytest.mark.parametrize(
+    ("said", "lost"),
+    [
+        ("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1", True),
+        ("Application timeout caused pair closure", True),  # a collective after one that timed out
+        ("Timed out waiting 8000ms for send operation to complete", True),
+        ("The size of tensor a (3) must match the size of tensor b (4)", False),
+    ],
+)
+def test_only_what_a_lost_rank_causes_is_called_one(
+    monkeypatch: pytest.MonkeyPatch, said: str, lost: bool
+) -> None:
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    with pytest.raises(LostRank if lost else RuntimeError) as caught, dist.naming_lost_ranks():
+        raise RuntimeError(said)
+    assert isinstance(caught.value, LostRank) == lost

@@ -1,5 +1,6 @@
 """A rank that dies or hangs ends the whole job: soon, with a sentence and a status above 0."""
 
+import dataclasses
 import os
 import signal
 import socket
@@ -19,7 +20,7 @@ LONG = ["ctc.stage1.epochs", "100000"]  # nothing here waits for its end
 SECONDS = 60  # in which the job must have ended; torchrun gives its workers 30 after a SIGTERM
 
 
-def _ranks(words: list[str], said: Path, fault: Fault, victim: int) -> list[Any]:
+def start_ranks(words: list[str], said: Path, fault: Fault, victim: int) -> list[Any]:
     """Start two ranks as a scheduler without torchrun does; the fault befalls one of them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -31,7 +32,7 @@ def _ranks(words: list[str], said: Path, fault: Fault, victim: int) -> list[Any]
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }  # fmt: skip
         where = fault.where if rank == victim else "never"
-        mine = Fault(where, fault.count, environment=environment)
+        mine = dataclasses.replace(fault, where=where, environment=environment)
         processes.append(faults.start(words, said.with_suffix(f".{rank}"), mine))
     return processes
 
@@ -48,7 +49,7 @@ def test_without_torchrun_the_other_rank_ends_with_a_sentence(
     ]  # fmt: skip
     said = tmp_path / "said.txt"
     other = 1 - victim
-    processes = _ranks(words, said, Fault(where, 5), victim)
+    processes = start_ranks(words, said, Fault(where, 5), victim)
     try:
         processes[other].join(SECONDS)
         assert processes[other].exitcode == 1, said.with_suffix(f".{other}").read_text()

@@ -12,10 +12,12 @@ import torch
 
 from core.errors import InputError
 from core.results import ResultRow, append_rows
-from detection import preflight as module
+from detection import checks
+from detection.bench import Limits
 from detection.cfg import hash_of, load_cfg
+from detection.checks import CHECKS
 from detection.plan import Disk, kept_checkpoints
-from detection.preflight import CHECKS, FAILED, NOT_RUN, PASSED, Limits, preflight
+from detection.preflight import FAILED, NOT_RUN, PASSED, preflight
 from detection.run import run
 from tests.detection_tiny import CONFIG, SMALL, backbone, request, write_backbone, write_pair
 
@@ -87,6 +89,8 @@ def test_each_mistake_in_the_weights_is_found_by_its_own_check(data: Path, tmp_p
     silent = write_backbone(tmp_path / "s.pth", _learned(), mean=None, arch=None)
     vouched = request(data, output, weights=str(silent), assume_convention=True)
     assert _found(vouched, "input,parity")["input"][0] == NOT_RUN
+    unproved = {f.name: f.stands_in_the_way for f in preflight(vouched, QUICK, ["input", "parity"])}
+    assert unproved == {"keys": False, "parity": True, "input": True}
     assert "does not say its arch, mean" in _found(vouched, "parity")["parity"][1]
 
 
@@ -95,6 +99,8 @@ def test_without_weights_what_looks_at_them_is_not_run(data: Path, tmp_path: Pat
     assert [found[name][0] for name in ("keys", "parity", "stem", "input")] == [NOT_RUN] * 4
     assert "no --weights" in found["stem"][1]
     assert found["evaluate"][0] == PASSED
+    findings = preflight(request(data, tmp_path / "run"), QUICK, ["stem", "evaluate"])
+    assert not any(finding.stands_in_the_way for finding in findings)
 
 
 def test_losses_that_are_not_finite_fail_and_memory_is_not_judged(
@@ -122,14 +128,14 @@ def test_a_detector_that_cannot_learn_is_not_overfitted(
 def test_a_resume_that_forgets_the_optimiser_is_found(
     data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = module.restore
+    whole = checks.restore
 
     def forgetful(trainer: Any, content: Any, *rest: Any) -> int:
         start = whole(trainer, content, *rest)
         trainer.optimizer.load_state_dict({**trainer.optimizer.state_dict(), "state": {}})
         return start
 
-    monkeypatch.setattr(module, "restore", forgetful)
+    monkeypatch.setattr(checks, "restore", forgetful)
     found = _found(request(data, tmp_path / "run", weights=str(weights)), "resume")
     assert found["resume"][0] == FAILED
     assert "tensors differ" in found["resume"][1]
@@ -138,7 +144,7 @@ def test_a_resume_that_forgets_the_optimiser_is_found(
 def test_a_full_disk_fails(
     data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "disk", lambda cfg, each: Disk(each, kept=3, free=2 * each))
+    monkeypatch.setattr(checks, "disk", lambda cfg, each: Disk(each, kept=3, free=2 * each))
     found = _found(request(data, tmp_path / "run", weights=str(weights)), "memory")
     assert found["memory"][0] == FAILED
     assert "not enough disk" in found["memory"][1]
