@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 
 from core import dist
+from core.errors import LostRank
 
 RANKS = """
 import torch
