@@ -1,5 +1,6 @@
 """A pretraining from its recipe to its run folder, and the published recipes."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,18 @@ def test_every_recipe_loads_and_the_released_ones_have_the_released_values() -> 
         assert (ctc.stage2.epochs, ctc.stage2.lr, ctc.stage2.weight_decay) == (100, 0.005, 5e-4)
     assert recipes["ce_cifar100_300"].ce.stage.epochs == 300
     assert recipes["ctc_cifar100_beta0"].ctc.beta == 0.0
-    for name in ("ce_cifar100_aa", "ctc_cifar100_aa"):
-        assert recipes[name].data.augmentation == "crop_flip_aa"
+    for name in ("ce_cifar100", "ctc_cifar100", "ce_imagenet", "ctc_imagenet"):  # "+AA"
+        plain, with_aa = recipes[name], recipes[f"{name}_aa"]
+        augmentation = f"{plain.data.augmentation}_aa"
+        assert with_aa == dataclasses.replace(
+            plain, data=dataclasses.replace(plain.data, augmentation=augmentation)
+        )
+    for name in ("ce_imagenet", "ctc_imagenet"):
+        assert (recipes[name].arch, recipes[name].data.augmentation) == ("resnet50", "imagenet")
+        assert "own choice" in (CONFIG_DIR / f"pretrain/{name}.yaml").read_text().lower()
+    imagenet = recipes["ctc_imagenet"].ctc
+    matched = recipes["ce_imagenet_120"].ce.stage.epochs
+    assert imagenet.stage1.epochs + imagenet.stage2.epochs == matched
 
 
 @pytest.mark.parametrize(
