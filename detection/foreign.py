@@ -7,6 +7,7 @@ import functools
 import importlib.util
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -42,9 +43,8 @@ def open_split(name: str, kind: str) -> Split:
     """
     meta = MetadataCatalog.get(name)
     if kind == "cityscapes" and not all(map(importlib.util.find_spec, CITYSCAPES_NEEDS)):
-        raise InputError(
-            f"Cityscapes needs its own script: `pip install {' '.join(CITYSCAPES_NEEDS)}`"
-        )
+        packages = " ".join(CITYSCAPES_NEEDS)
+        raise InputError(f"Cityscapes needs its own script: `pip install {packages}`")
     try:
         records = DatasetCatalog.get(name)
     except (OSError, ValueError, SyntaxError, AttributeError, AssertionError) as error:
@@ -156,17 +156,24 @@ def judge_lvis(json_path: Path, detections: list[dict[str, Any]], task: str) -> 
 
 
 class CityscapesEvaluator(CityscapesInstanceEvaluator):
-    """detectron2's; Cityscapes' script wants ``numpy.in1d``, which NumPy 2.4 has no more."""
+    """detectron2's, around what Cityscapes' script 2.3 asks of NumPy and NumPy 2.4 has no more.
+
+    The script calls ``in1d``, and writes counts as JSON, which fails now that they are no ``int``;
+    the two files, a cache and ``matches.json`` in the current folder, are wanted by nobody.
+    """
 
     def evaluate(self) -> Any:
-        """Return AP and AP50 of the masks."""
-        if hasattr(np, "in1d"):
+        """Return AP and AP50 of the masks, in percent; None on ranks but the first."""
+        from cityscapesscripts.evaluation import evalInstanceLevelSemanticLabeling as script
+
+        def in1d(values: np.ndarray, among: Any) -> np.ndarray:
+            return np.isin(values, among).ravel()
+
+        with (
+            mock.patch.object(np, "in1d", in1d, create=True),
+            mock.patch.object(script, "writeDict2JSON"),
+        ):
             return super().evaluate()
-        np.in1d = lambda values, among: np.isin(values, among).ravel()
-        try:
-            return super().evaluate()
-        finally:
-            del np.in1d
 
 
 def evaluator(split: Split) -> DatasetEvaluator:
