@@ -8,56 +8,6 @@ from core.errors import InputError
 from detection import cfg as configs
 
 FPN = "detection/mask_rcnn_R50_FPN_1x.yaml"
-COMMON = {
-    "SOLVER.IMS_PER_BATCH": 16,
-    "SOLVER.BASE_LR": 0.02,
-    "INPUT.FORMAT": "RGB",
-    "MODEL.PIXEL_MEAN": [123.675, 116.28, 103.53],
-    "MODEL.PIXEL_STD": [58.395, 57.12, 57.375],
-    "MODEL.RESNETS.STRIDE_IN_1X1": False,
-    "MODEL.RESNETS.NORM": "SyncBN",
-    "MODEL.BACKBONE.FREEZE_AT": 0,
-    "TEST.PRECISE_BN.ENABLED": True,
-}
-SCALES = {
-    "INPUT.MIN_SIZE_TRAIN": (640, 672, 704, 736, 768, 800),
-    "INPUT.MIN_SIZE_TEST": 800,
-}
-PROTOCOLS = {
-    "mask_rcnn_R50_FPN_1x": {
-        **COMMON,
-        **SCALES,
-        "SOLVER.MAX_ITER": 90000,
-        "SOLVER.STEPS": (60000, 80000),
-        "MODEL.RESNETS.DEPTH": 50,
-        "MODEL.FPN.NORM": "SyncBN",
-        "MODEL.ROI_BOX_HEAD.NUM_FC": 2,
-        "MODEL.ROI_BOX_HEAD.NUM_CONV": 0,
-        "MODEL.ROI_BOX_HEAD.NORM": "",
-        "MODEL.ROI_MASK_HEAD.NORM": "",
-        "MODEL.MASK_ON": True,
-        "DATASETS.TRAIN": ("coco_2017_train",),
-        "DATASETS.TEST": ("coco_2017_val",),
-    },
-}
-
-
-@pytest.mark.parametrize("name", PROTOCOLS)
-def test_a_protocol_resolves_to_the_values_that_make_it(name: str) -> None:
-    cfg = configs.load_cfg(f"detection/{name}.yaml")
-    found = dict(configs._leaves(cfg))
-    assert {key: found[key] for key in PROTOCOLS[name]} == PROTOCOLS[name]
-    assert name == cfg.SUITE.PROTOCOL
-
-
-def test_every_recipe_opens_with_its_command() -> None:
-    folder = configs.find_config(FPN).parent
-    for path in folder.glob("*.yaml"):
-        first = path.read_text().splitlines()[0]
-        wanted = (
-            "# " if path.name.startswith("Base") else "# tools/train_net.py --config detection/"
-        )
-        assert first.startswith(wanted), path
 
 
 @pytest.mark.parametrize(
