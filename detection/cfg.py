@@ -45,7 +45,7 @@ NEUTRAL = (
     "TEST.EVAL_PERIOD",
     "TEST.EXPECTED_RESULTS",
 )
-SYNC_NORM = "SyncBN"
+SYNC_NORM, NAIVE_NORM = "SyncBN", "naiveSyncBN"
 
 
 def default_cfg() -> CfgNode:
@@ -164,7 +164,12 @@ def norm_for(device: str, world_size: int) -> str:
     """
     if device != "cpu":
         return SYNC_NORM
-    return "naiveSyncBN" if world_size > 1 else "BN"
+    return NAIVE_NORM if world_size > 1 else "BN"
+
+
+def shares_statistics(cfg: CfgNode) -> bool:
+    """Whether BatchNorm statistics are taken over all processes."""
+    return any(value in (SYNC_NORM, NAIVE_NORM) for _, value in _leaves(cfg))
 
 
 def set_norms(cfg: CfgNode, norm: str) -> int:

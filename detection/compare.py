@@ -22,9 +22,16 @@ from detection.bootstrap import (
     draws,
     match,
 )
-from detection.saved import RESULTS_FILE, ROWS_FILE, open_truth, read_detections, tasks_of
+from detection.saved import (
+    DATASET_FILE,
+    RESULTS_FILE,
+    ROWS_FILE,
+    open_truth,
+    read_detections,
+    tasks_of,
+)
 
-INTERVALS_FILE, DATASET_FILE = "bootstrap.jsonl", "dataset.json"
+INTERVALS_FILE = "bootstrap.jsonl"
 SET_ASIDE = re.compile(r"\.old\d+$")  # a folder that the suite has set aside
 
 

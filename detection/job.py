@@ -6,7 +6,6 @@ name.
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,11 +24,10 @@ from detection.checkpointer import Checkpointer
 from detection.coco_backends import choose
 from detection.compat import versions
 from detection.datasets import Split, check_same_classes, open_pair
+from detection.identity import facts_of, identity_of, read_run
 from detection.logs import check_wandb
 from detection.trainer import check_batch, check_numbers
 from detection.weights import Weights
-
-RUN_FILE = "run.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Job:
     """A request that has passed every check."""
 
     cfg: CfgNode  # resolved for this hardware
-    declared: str  # the config as YAML, before the hardware had its say: saved as config.yaml
+    declared: str  # the config as YAML, without device, norms and loading processes of this machine
     mode: str  # "train", "resume" or "evaluate"
     train: tuple[Split, ...]
     val: Split
@@ -94,28 +92,33 @@ def prepare(request: Request, scratch: Path, judge_weights: bool = True) -> Job:
     Raises:
         InputError: one sentence on what is wrong and what would be right.
     """
-    cfg, changed = _resolve(request)
+    cfg, protocol = _resolve(request)
     notes: list[str] = []
     device, processes = _hardware(request, cfg, notes)
     world_size = processes * request.num_machines
+    cfg = _scaled(cfg, world_size, notes)
     check_batch(cfg, world_size)
+    changed = configs.changed_keys(cfg, protocol)
+    cfg.SUITE.PROTOCOL = configs.protocol_name(cfg, changed)
     train, val = _open_data(cfg, request, scratch)
     _fit_to_data(cfg, train, val, notes)
-    earlier = _read_run(cfg, request)
+    resumed = request.resume and not request.eval_only
+    earlier = read_run(cfg) if resumed else None
     weights = _read_weights(request, cfg, val, scratch, earlier, notes)
     if weights and judge_weights:
         notes.append(_judge_weights(weights, cfg, request.assume_convention))
-    identity = _identity(request, cfg, weights, val, earlier)
+    identity = identity_of(request.init, cfg, weights, val, earlier)
     if not cfg.OUTPUT_DIR:
         stem = f"{identity['protocol']}-{identity['init']}-seed{identity['seed']}"
         tail = "-eval" if request.eval_only else ""
         cfg.OUTPUT_DIR = str(ROOT / "runs" / "detection" / (stem + tail))
     mode = _mode(request, Path(cfg.OUTPUT_DIR), earlier)
     declared = configs.as_yaml(cfg)
-    facts = _facts(cfg, identity, val)
-    cfg = DefaultTrainer.auto_scale_workers(cfg, world_size)
+    facts = facts_of(cfg, identity, val)
     cfg.MODEL.DEVICE = device
     cfg.DATALOADER.NUM_WORKERS = _loading_processes(cfg.DATALOADER.NUM_WORKERS, device, processes)
+    if world_size == 1 and not request.eval_only and configs.shares_statistics(cfg):
+        notes += _alone(device, cfg.SOLVER.IMS_PER_BATCH, protocol["SOLVER.IMS_PER_BATCH"])
     norm = configs.norm_for(device, world_size)
     norms = configs.set_norms(cfg, norm)
     if norms and norm != configs.SYNC_NORM:
@@ -145,7 +148,7 @@ def prepare(request: Request, scratch: Path, judge_weights: bool = True) -> Job:
 
 
 def _resolve(request: Request) -> tuple[CfgNode, dict[str, Any]]:
-    """Return the config with the command line's say, and what that changed in the protocol."""
+    """Return the config with the command line's say, and the keys of its protocol without that."""
     name = request.config
     saved = Path(request.output or ".") / "config.yaml"
     if not name and (request.resume or request.eval_only) and request.output and saved.is_file():
@@ -155,8 +158,6 @@ def _resolve(request: Request) -> tuple[CfgNode, dict[str, Any]]:
             "no config: name one, such as --config detection/mask_rcnn_R50_FPN_1x.yaml"
         )
     cfg = configs.load_cfg(name, request.overrides)
-    changed = configs.changed_keys(cfg, configs.protocol_keys(configs.load_cfg(name)))
-    cfg.SUITE.PROTOCOL = configs.protocol_name(cfg, changed)
     cfg.OUTPUT_DIR = request.output or cfg.OUTPUT_DIR
     cfg.MODEL.WEIGHTS = request.weights or cfg.MODEL.WEIGHTS
     cfg.SUITE.COCO_BACKEND = choose(request.coco_backend or cfg.SUITE.COCO_BACKEND)
@@ -166,7 +167,42 @@ def _resolve(request: Request) -> tuple[CfgNode, dict[str, Any]]:
         raise InputError(f"SEED is {cfg.SEED}: every trial needs its own seed, 0 or more")
     check_numbers(cfg)
     check_wandb(cfg.SUITE.WANDB)
-    return cfg, changed
+    return cfg, configs.protocol_keys(configs.load_cfg(name))
+
+
+def _scaled(cfg: CfgNode, world_size: int, notes: list[str]) -> CfgNode:
+    """Apply the linear rule of ``SOLVER.REFERENCE_WORLD_SIZE``, and say what it has come to.
+
+    The batch per process stays; lr falls and iterations grow with the number of processes. What is
+    resolved is named and hashed with the scaled values: another batch is another protocol.
+    """
+    reference, old = cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER
+    if reference in (0, world_size):
+        return cfg
+    if reference < 0 or old.IMS_PER_BATCH % reference:
+        raise InputError(
+            f"SOLVER.REFERENCE_WORLD_SIZE {reference} does not divide SOLVER.IMS_PER_BATCH "
+            f"{old.IMS_PER_BATCH}: name the processes that the batch was meant for, such as 8"
+        )
+    cfg = DefaultTrainer.auto_scale_workers(cfg, world_size)
+    new = cfg.SOLVER
+    notes.append(
+        f"scaled from {reference} to {world_size} processes (SOLVER.REFERENCE_WORLD_SIZE): "
+        f"{old.IMS_PER_BATCH} → {new.IMS_PER_BATCH} images a batch, lr {old.BASE_LR:g} → "
+        f"{new.BASE_LR:g}, {old.MAX_ITER} → {new.MAX_ITER} iterations; the rows say so"
+    )
+    return cfg
+
+
+def _alone(device: str, batch: int, wanted: int) -> list[str]:
+    """Return what is to be said of shared BatchNorm statistics on a single process."""
+    if batch < wanted:
+        return [
+            f"warning: BatchNorm statistics of {batch} images on one process, where the protocol "
+            f"has {wanted} over all: this is another protocol, and its rows are named so"
+        ]
+    said = f"BatchNorm: one GPU sees all {batch} images, as several with SyncBN would between them"
+    return [said] if device == "cuda" else []
 
 
 def _hardware(request: Request, cfg: CfgNode, notes: list[str]) -> tuple[str, int]:
@@ -294,86 +330,6 @@ def _judge_weights(weights: Weights, cfg: CfgNode, assume_convention: bool) -> s
     """Raise InputError unless the weights fit the config's network and input; say how they do."""
     weight_files.check_convention(weights, cfg, assume_convention)
     return f"weights: {weights.path.name}: {weight_files.covered(weights, cfg)} matched"
-
-
-def _identity(
-    request: Request,
-    cfg: CfgNode,
-    weights: Weights | None,
-    val: Split,
-    earlier: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """Return the fields by which result rows are told apart."""
-    if earlier is not None:
-        return dict(earlier["identity"])
-    own = (weights.facts.get("detection") if weights else None) or {}
-    identity = {
-        "protocol": cfg.SUITE.PROTOCOL,
-        "dataset": val.name,
-        "split": val.split,
-        "init": request.init or _init_name(weights),
-        "seed": cfg.SEED,
-        "epoch": weights.facts.get("epoch") if weights else None,
-        "weights": weights.sha256 if weights else "",
-        "weights_path": str(weights.path) if weights else "",
-        "config": configs.hash_of(cfg),
-    }
-    if own:  # a detector of ours: what was trained is what it says, whatever config judges it
-        judged = {k: v for k, v in configs.changed_keys(cfg, own["config"]).items() if _at_test(k)}
-        trained = {k: own[k] for k in ("init", "seed", "epoch", "weights", "weights_path")}
-        identity |= trained | {"protocol": own["protocol"]}
-        if judged:
-            cfg.SUITE.PROTOCOL = own["protocol"]
-            identity["protocol"] = configs.protocol_name(cfg, judged)
-    return identity
-
-
-def _init_name(weights: Weights | None) -> str:
-    if weights is None:
-        return "random"
-    return str(weights.facts.get("method") or weights.path.stem.removesuffix("_d2"))
-
-
-def _at_test(key: str) -> bool:
-    """Whether a key acts when a trained detector is judged."""
-    return key.startswith(("MODEL.", "TEST.")) or key.endswith("_TEST")
-
-
-def _facts(cfg: CfgNode, identity: dict[str, Any], val: Split) -> dict[str, Any]:
-    own = {k: identity[k] for k in ("protocol", "init", "seed", "epoch", "weights", "weights_path")}
-    return {
-        **weight_files.config_convention(cfg),
-        "classes": list(val.classes),
-        "detection": {**own, "config": configs.protocol_keys(cfg)},
-    }
-
-
-def _read_run(cfg: CfgNode, request: Request) -> dict[str, Any] | None:
-    """Return what an earlier start of the run recorded, when it is to be resumed.
-
-    Raises:
-        InputError: there is none, or it has another protocol, seed or weights.
-    """
-    if not request.resume or request.eval_only:
-        return None
-    if not cfg.OUTPUT_DIR:
-        raise InputError("--resume needs --output (or OUTPUT_DIR): the folder of the run")
-    path = Path(cfg.OUTPUT_DIR) / RUN_FILE
-    try:
-        earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise InputError(
-            f"--resume: {cfg.OUTPUT_DIR} holds no run to go on with; start it without --resume"
-        ) from None
-    old = earlier["facts"]["detection"]
-    changed = configs.changed_keys(cfg, old["config"])
-    if changed or old["seed"] != cfg.SEED:
-        key = next(iter(changed), "SEED")
-        raise InputError(
-            f"--resume: the run in {cfg.OUTPUT_DIR} was started with another {key}; resume it with "
-            "its own config, or start anew in another folder"
-        )
-    return earlier
 
 
 def _mode(request: Request, folder: Path, earlier: dict[str, Any] | None) -> str:

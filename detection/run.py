@@ -26,16 +26,15 @@ from detection import catalogue, signals
 from detection.checkpointer import Checkpointer, SaveHook, bare, restore
 from detection.coco_backends import Evaluation
 from detection.evaluation import evaluate_model
-from detection.job import RUN_FILE, Job, Request, prepare
+from detection.identity import RUN_FILE
+from detection.job import Job, Request, prepare
 from detection.loader import training_records
 from detection.logs import WandbWriter, is_terminal, logging_to, say, trim_metrics
 from detection.plan import plan
+from detection.saved import DATASET_FILE, ROWS_FILE
 from detection.scores import as_metrics, result_rows, table
 from detection.trainer import NotFiniteError, Trainer, add_hooks, build, build_detector, seed_torch
 from detection.weights import load_into, read_weights
-
-ROWS_FILE = "results.jsonl"
-DATASET_FILE = "dataset.json"
 
 
 def run(request: Request) -> int:

@@ -13,7 +13,9 @@ from detection.coco_backends import Evaluation, evaluate, indexed
 from detection.datasets import read_annotations
 from detection.scores import report, result_rows
 
+# what a run leaves for others: detections, rows, where its validation data are
 RESULTS_FILE, ROWS_FILE = "coco_instances_results.json", "results.jsonl"
+DATASET_FILE = "dataset.json"
 TASKS = {"bbox": "bbox", "segm": "segmentation"}  # and the field that it judges
 
 

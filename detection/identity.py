@@ -1,0 +1,99 @@
+"""What a detection run is: what tells its rows apart, and what an earlier start has recorded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+
+from core.errors import InputError
+from detection import cfg as configs
+from detection import weights as weight_files
+from detection.datasets import Split
+from detection.weights import Weights
+
+RUN_FILE = "run.json"
+
+
+def identity_of(
+    init: str,
+    cfg: CfgNode,
+    weights: Weights | None,
+    val: Split,
+    earlier: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Return the fields by which result rows are told apart.
+
+    Args:
+        init: name of the initialisation as the user gives it; "": as the weights call themselves.
+        earlier: what a run that is resumed has recorded; its fields stay.
+    """
+    if earlier is not None:
+        return dict(earlier["identity"])
+    own = (weights.facts.get("detection") if weights else None) or {}
+    identity = {
+        "protocol": cfg.SUITE.PROTOCOL,
+        "dataset": val.name,
+        "split": val.split,
+        "init": init or _init_name(weights),
+        "seed": cfg.SEED,
+        "epoch": weights.facts.get("epoch") if weights else None,
+        "weights": weights.sha256 if weights else "",
+        "weights_path": str(weights.path) if weights else "",
+        "config": configs.hash_of(cfg),
+    }
+    if own:  # a detector of ours: what was trained is what it says, whatever config judges it
+        judged = {k: v for k, v in configs.changed_keys(cfg, own["config"]).items() if _at_test(k)}
+        trained = {k: own[k] for k in ("init", "seed", "epoch", "weights", "weights_path")}
+        identity |= trained | {"protocol": own["protocol"]}
+        if judged:
+            cfg.SUITE.PROTOCOL = own["protocol"]
+            identity["protocol"] = configs.protocol_name(cfg, judged)
+    return identity
+
+
+def _init_name(weights: Weights | None) -> str:
+    if weights is None:
+        return "random"
+    return str(weights.facts.get("method") or weights.path.stem.removesuffix("_d2"))
+
+
+def _at_test(key: str) -> bool:
+    """Whether a key acts when a trained detector is judged."""
+    return key.startswith(("MODEL.", "TEST.")) or key.endswith("_TEST")
+
+
+def facts_of(cfg: CfgNode, identity: dict[str, Any], val: Split) -> dict[str, Any]:
+    """Return what the checkpoints of a run say of themselves."""
+    own = {k: identity[k] for k in ("protocol", "init", "seed", "epoch", "weights", "weights_path")}
+    return {
+        **weight_files.config_convention(cfg),
+        "classes": list(val.classes),
+        "detection": {**own, "config": configs.protocol_keys(cfg)},
+    }
+
+
+def read_run(cfg: CfgNode) -> dict[str, Any]:
+    """Return what an earlier start of the run in OUTPUT_DIR recorded, which is to be resumed.
+
+    Raises:
+        InputError: there is none, or it has another protocol, seed or weights.
+    """
+    if not cfg.OUTPUT_DIR:
+        raise InputError("--resume needs --output (or OUTPUT_DIR): the folder of the run")
+    path = Path(cfg.OUTPUT_DIR) / RUN_FILE
+    try:
+        earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(
+            f"--resume: {cfg.OUTPUT_DIR} holds no run to go on with; start it without --resume"
+        ) from None
+    old = earlier["facts"]["detection"]
+    changed = configs.changed_keys(cfg, old["config"])
+    if changed or old["seed"] != cfg.SEED:
+        key = next(iter(changed), "SEED")
+        raise InputError(
+            f"--resume: the run in {cfg.OUTPUT_DIR} was started with another {key}; resume it with "
+            "its own config, or start anew in another folder"
+        )
+    return earlier

@@ -1,0 +1,77 @@
+"""Batch and number of processes: the scaling rule is applied, said and recorded in the name."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.errors import InputError
+from detection.job import Job, prepare
+from tests.detection_tiny import request, write_pair
+
+NAME = "mask_rcnn_R50_FPN_1x"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    write_pair(folder)
+    return folder
+
+
+def _prepared(data: Path, scratch: Path, gpus: int, *overrides: str, **fields: Any) -> Job:
+    asked = dataclasses.replace(
+        request(data, scratch / "run", **fields), num_gpus=gpus, dry_run=True,
+        config=f"detection/{NAME}.yaml", overrides=overrides,
+    )  # fmt: skip
+    return prepare(asked, scratch)
+
+
+def test_the_scaling_rule_is_said_and_another_batch_has_another_name(
+    data: Path, tmp_path: Path
+) -> None:
+    rule = ("SOLVER.REFERENCE_WORLD_SIZE", "8")
+    plain = _prepared(data, tmp_path, 8)
+    two, four = (_prepared(data, tmp_path, gpus, *rule) for gpus in (2, 4))
+    assert (plain.identity["protocol"], plain.details["ims_per_batch"]) == (NAME, 16)
+    assert (two.details["ims_per_batch"], two.details["max_iter"]) == (4, 360_000)
+    assert two.details["base_lr"] == pytest.approx(0.005)
+    said = "16 → 4 images a batch, lr 0.02 → 0.005, 90000 → 360000 iterations"
+    assert said in " ".join(two.notes)
+    names = {job.identity["protocol"] for job in (plain, two, four)}
+    hashes = {job.identity["config"] for job in (plain, two, four)}
+    assert (len(names), len(hashes)) == (3, 3)
+    assert two.details["overrides"]["SOLVER.IMS_PER_BATCH"] == 4
+    with pytest.raises(InputError, match="REFERENCE_WORLD_SIZE 3 does not divide"):
+        _prepared(data, tmp_path, 2, "SOLVER.REFERENCE_WORLD_SIZE", "3")
+
+
+def test_a_scaled_config_reads_back_as_what_was_run(data: Path, tmp_path: Path) -> None:
+    scaled = _prepared(data, tmp_path, 2, "SOLVER.REFERENCE_WORLD_SIZE", "8")
+    saved = tmp_path / "config.yaml"
+    saved.write_text(scaled.declared)
+    asked = dataclasses.replace(
+        request(data, tmp_path / "run"), num_gpus=2, dry_run=True, config=str(saved), overrides=()
+    )
+    again = prepare(asked, tmp_path)
+    for key in ("protocol", "config"):
+        assert again.identity[key] == scaled.identity[key]
+    assert again.details["max_iter"] == scaled.details["max_iter"]
+
+
+@pytest.mark.parametrize("name", ["mask_rcnn_R50_FPN_1x", "mask_rcnn_R50_C4_1x"])
+def test_one_gpu_with_a_small_batch_is_another_protocol_and_says_so(
+    data: Path, tmp_path: Path, name: str
+) -> None:
+    def said(gpus: int, *overrides: str) -> str:
+        asked = dataclasses.replace(
+            request(data, tmp_path / "run"), num_gpus=gpus, dry_run=True,
+            config=f"detection/{name}.yaml", overrides=overrides,
+        )  # fmt: skip
+        return " ".join(prepare(asked, tmp_path).notes)
+
+    small = ("SOLVER.IMS_PER_BATCH", "2")
+    assert "statistics of 2 images on one process, where the protocol has 16" in said(1, *small)
+    assert "one GPU sees all 16 images" in said(1)
+    assert "another protocol" not in said(1) + said(8)
