@@ -83,6 +83,7 @@ def test_a_partial_or_other_backbone_is_refused(
         ({}, ["MODEL.PIXEL_STD", "[1.0, 1.0, 1.0]"], "PIXEL_STD"),
         ({}, ["MODEL.PIXEL_MEAN", "[103.53, 116.28, 123.675]"], "PIXEL_MEAN"),
         ({}, ["INPUT.FORMAT", "BGR"], "PIXEL_MEAN"),  # the numbers stand in the order of FORMAT
+        ({"mean": [122.7709, 116.7460, 104.0937]}, [], "PIXEL_MEAN"),  # CLIP's, within 1%
         ({"channel_order": "BGR"}, [], "INPUT.FORMAT"),
         ({"stride_in_1x1": True}, [], "STRIDE_IN_1X1"),
         ({"std": [1.0, 1.0, 1.0]}, [], "PIXEL_STD"),
@@ -102,7 +103,9 @@ def test_another_convention_is_refused(
 def test_rounding_is_no_other_convention(tmp_path: Path, cfg: Any) -> None:
     mean = [0.485 * 255, 0.456 * 255, 0.406 * 255]
     std = [0.229 * 255, 0.224 * 255, 0.225 * 255]
-    files.check_convention(_read(write_backbone(tmp_path / "w.pth", mean=mean, std=std)), cfg)
+    for ending in (4, 2):
+        facts = {"mean": mean, "std": [round(value, ending) for value in std]}
+        files.check_convention(_read(write_backbone(tmp_path / "w.pth", **facts)), cfg)
 
 
 def test_weights_that_say_nothing_need_someone_to_vouch(tmp_path: Path, cfg: Any) -> None:
