@@ -17,6 +17,7 @@ from suite.launch import launch
 from suite.schema import Initialisation, Protocol, Suite, step_of
 
 CONVERT_MINUTES = 0.2
+EXPECTED_ON_GPUS = 8  # that SUITE.EXPECTED_HOURS of a detection config is for
 TOOLS = {
     "pretrain": "run_pretrain.py",
     "convert": "convert_to_d2.py",
@@ -181,8 +182,15 @@ def _detection_job(
     return Job(
         f"{name}/{stem}", "detection", init, seed, name, root / name / stem, recipe,
         options=options, pairs=tuple(_pairs(_flat(protocol.overrides), plain=True)),
-        minutes=protocol.minutes, needs=source.name,
+        minutes=protocol.minutes or _published_minutes(recipe, protocol, gpus), needs=source.name,
     )  # fmt: skip
+
+
+def _published_minutes(recipe: dict[str, Any], protocol: Protocol, gpus: int) -> float:
+    """Return what ``SUITE.EXPECTED_HOURS`` says of a detector on so many GPUs; 0 where nothing."""
+    if not gpus or protocol.overrides or protocol.arguments:
+        return 0.0
+    return 60 * recipe.get("SUITE.EXPECTED_HOURS", 0.0) * EXPECTED_ON_GPUS / gpus
 
 
 def _transfer_job(

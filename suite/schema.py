@@ -48,7 +48,7 @@ class Protocol:
     step: str = ""  # "detection" or "transfer"; empty: the config's folder says it
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # its KEY VALUE
     arguments: list[str] = dataclasses.field(default_factory=list)  # more for the tool
-    minutes: float = 0.0  # expected, for the first ETA; 0: unknown
+    minutes: float = 0.0  # expected, for the first ETA; 0: what the config says, or unknown
 
 
 @dataclasses.dataclass(frozen=True)

@@ -622,6 +622,17 @@ def test_eta_is_declared_then_measured_and_says_what_it_does_not_know(bench: Ben
     assert clock.eta(pretrains) == "3:00"
 
 
+def test_a_published_protocol_brings_its_hours_where_it_is_unchanged():
+    def hours(*extra: str) -> float:
+        plan = make_plan(load_suite("suites/table5_c4.yaml", extra), "s", "/nowhere")
+        return plan.job("mask_rcnn_R50_C4_1x/ce-s1").minutes / 60
+
+    assert hours() == 26.0
+    assert hours("gpus", "4") == 52.0
+    assert hours("gpus", "0") == 0.0
+    assert hours("protocols.mask_rcnn_R50_C4_1x.overrides.SOLVER.MAX_ITER", "10") == 0.0
+
+
 def test_times_are_written_as_clocks():
     assert [clock_time(s) for s in (3, 125, 3723)] == ["0:03", "2:05", "1:02:03"]
 
