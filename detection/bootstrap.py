@@ -181,8 +181,6 @@ def _of_draws(matched: ClassMatches, times: Array, to_find: Array) -> Array:
         envelope = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
         recall = true / np.maximum(to_find, 1)
         reached = np.searchsorted(RECALLS, recall.ravel(), side="right").reshape(recall.shape)
-        points = np.diff(
-            reached, axis=0, prepend=0
-        )  # recall points that each one is first to reach
+        points = np.diff(reached, axis=0, prepend=0)  # recalls that each one is first to reach
         found[t] = (envelope * points).sum(axis=0) / len(RECALLS)
     return np.where(to_find > 0, found, 0.0)

@@ -118,10 +118,9 @@ def indexed(content: dict[str, Any]) -> COCO:
 
 def _judge(truth: COCO, detections: Sequence[dict[str, Any]], iou_type: str, backend: str) -> Any:
     """Return an evaluator that has not begun; without any detection it is pycocotools'."""
-    unused = "bbox"  # of a mask: the size class would be the box's
-    if (
-        iou_type != "segm"
-    ):  # masks beside boxes only take time; alone they are where boxes come from
+    if iou_type == "segm":
+        unused = "bbox"  # with it, the size class would be the box's
+    else:  # masks beside boxes only take time; alone they are where boxes come from
         unused = "segmentation" if any("bbox" in d for d in detections[:1]) else ""
     own = [{k: v for k, v in d.items() if k != unused} for d in detections]  # they get areas, ids
     return (BACKENDS[backend] if own else _pycocotools)(truth, own, iou_type)

@@ -107,18 +107,27 @@ def check_decodes(path: Path, size: tuple[int, int] | None = None) -> None:
         )
 
 
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        InputError: it cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+
+
 def read_annotations(path: Path, kind: str = "coco") -> dict[str, Any]:
     """Read a json and check that it is COCO's format; LVIS's is made so (file names, no crowds).
 
     Raises:
         InputError: it is not, and what it lacks.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
+    content = read_json(path)
     if kind == "lvis":
         for entry in content["images"] if isinstance(content, dict) and "images" in content else ():
             if "coco_url" in entry:  # …/train2017/000000155379.jpg

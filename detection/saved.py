@@ -1,6 +1,5 @@
 """Saved detections (``coco_instances_results.json``), checked and judged without any model."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from pycocotools.coco import COCO
 from core.errors import InputError
 from core.results import append_rows
 from detection.coco_backends import Evaluation, evaluate, indexed
-from detection.datasets import read_annotations
+from detection.datasets import read_annotations, read_json
 from detection.scores import report, result_rows
 
 # what a run leaves for others: detections, rows, where its validation data are
@@ -34,12 +33,7 @@ def read_detections(path: Path, truth: COCO) -> list[dict[str, Any]]:
     Raises:
         InputError: which entry is wrong, and how.
     """
-    try:
-        detections = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
+    detections = read_json(path)
     if not isinstance(detections, list):
         raise InputError(f"{path} is not a list of detections, as COCO's result format has it")
     sizes = {key: [image["height"], image["width"]] for key, image in truth.imgs.items()}
@@ -72,14 +66,15 @@ def evaluate_saved(json_path: Path, detections_path: Path, backend: str) -> list
     return judge(truth, read_detections(detections_path, truth), backend)
 
 
-def record(evaluations: list[Evaluation], folder: Path, **identity: Any) -> Path:
+def record(evaluations: list[Evaluation], folder: Path, backend: str, **identity: Any) -> Path:
     """Write ``coco_metrics.json`` and append result rows; return the file of the rows."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"output folder {folder} cannot be made: {error.strerror}") from None
     report(evaluations, folder)
-    rows = result_rows(evaluations, **identity, split="val", run=str(folder))
+    details = {"coco_backend": backend}
+    rows = result_rows(evaluations, **identity, split="val", run=str(folder), details=details)
     append_rows(folder / ROWS_FILE, rows)
     return folder / ROWS_FILE
 

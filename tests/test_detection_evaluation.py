@@ -93,12 +93,14 @@ def test_saved_detections_are_judged_and_recorded_alone(truth_file: Path, tmp_pa
     file.write_text(json.dumps(_perfect(read_truth(truth_file))))
     found = saved.evaluate_saved(truth_file, file, "pycocotools")
     assert [e.iou_type for e in found] == ["bbox", "segm"]
-    rows = saved.record(found, tmp_path, protocol="p", dataset="d", init="ce", seed=0)
+    identity = {"protocol": "p", "dataset": "d", "init": "ce", "seed": 0}
+    rows = saved.record(found, tmp_path, "pycocotools", **identity)
     metrics = json.loads((tmp_path / "coco_metrics.json").read_text())
     assert metrics["segm"]["stats"]["AP"] == pytest.approx(100.0)
     assert metrics["segm"]["per_class"] == pytest.approx({"square": 100.0, "bar": 100.0})
     assert len(metrics["bbox"]["precision"]["0.5"]) == len(metrics["bbox"]["recall"]) == 101
     assert {row.metric for row in read_rows(rows)} >= {"bbox/AP", "segm/AP75"}
+    assert {row.details["coco_backend"] for row in read_rows(rows)} == {"pycocotools"}
 
 
 RLE = {"size": [48, 64], "counts": "PP1"}

@@ -22,7 +22,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--annotations", type=Path, required=True, help="COCO-format annotations")
     p.add_argument("--against", type=Path, help="detections that Δ refers to")
     p.add_argument(
-        "--coco-backend", default="auto", help="pycocotools (of record), faster, hotcoco, or auto"
+        "--coco-backend",
+        default="pycocotools",
+        help="pycocotools (of record); faster, hotcoco, auto: the fastest that is installed",
     )
     p.add_argument("--output", type=Path, help="folder for coco_metrics.json and results.jsonl")
     p.add_argument(
@@ -45,12 +47,13 @@ def main() -> None:
     truth = open_truth(arguments.annotations)
     detections = read_detections(arguments.results, truth)
     other = read_detections(arguments.against, truth) if arguments.against else None
-    evaluations = judge(truth, detections, choose(arguments.coco_backend))
+    backend = choose(arguments.coco_backend)
+    evaluations = judge(truth, detections, backend)
     print(score_table(evaluations))
     if arguments.output:
         identity = {"init": arguments.init or arguments.results.stem, "seed": arguments.seed}
         identity |= {"protocol": arguments.protocol, "dataset": arguments.annotations.stem}
-        rows = record(evaluations, arguments.output, **identity)
+        rows = record(evaluations, arguments.output, backend, **identity)
         print(f"result rows in {rows}, AP per class and curves beside them")
     if other is not None:
         found = compare_files(truth, detections, other, arguments.resamples, arguments.seed)
