@@ -724,3 +724,29 @@ def test_the_list_of_formats_is_the_table() -> None:
 
     lines = tool("--list-formats").stdout.splitlines()
     assert [line.split()[0] for line in lines] == [source.name for source in SOURCES]
+
+
+MEASURE = """
+import resource, sys, time
+import detectron2.modeling  # the import is not what is measured
+from convert import d2
+from detection.parity import proof
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+before, began = peak(), time.perf_counter()
+d2.convert(sys.argv[1], sys.argv[2], prove=proof)
+print(peak() - before, time.perf_counter() - began)
+"""
+
+
+def test_100_mb_are_converted_in_seconds_with_twice_their_memory(tmp_path: Path) -> None:
+    source = tmp_path / "r50.pth"
+    torch.save(torchvision.models.resnet50().state_dict(), source)
+    command = [sys.executable, "-c", MEASURE, str(source), str(tmp_path / "r50_d2.pth")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    memory, seconds = map(float, done.stdout.splitlines()[-1].split())
+    assert memory < 2.5 * source.stat().st_size
+    assert seconds < 20  # 1 s on an idle core
