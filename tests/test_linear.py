@@ -224,3 +224,29 @@ def test_features_that_are_all_alike_are_refused() -> None:
     alike = torch.ones(30, 4)
     with pytest.raises(InputError, match="the same for every image"):
         linear_probe((alike, labels), (alike, labels), 2, QUICK)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_plateau_of_far_too_strong_penalties_does_not_end_the_sweep(seed: int) -> None:
+    """Faint class codes beside loud noise: scores waver at chance over half of the grid."""
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.randint(4, (1500,), generator=draw)
+    code = F.one_hot(labels, 4) + 0.3 * torch.randn(1500, 4, generator=draw)
+    features = torch.cat([0.05 * code, 3 * torch.randn(1500, 4, generator=draw)], 1)
+    train, test = (features[:1000], labels[:1000]), (features[1000:], labels[1000:])
+    probe = linear_probe(train, test, 4)
+    whole = linear_probe(train, test, 4, LinearConfig(patience=49))
+    plateau = [score for _, score in probe.swept[:16]]
+    assert max(plateau) < 40  # this is the case that it is meant to be
+    assert (probe.c, probe.score) == (whole.c, whole.score)
+    assert probe.score > 90
+
+
+def test_the_sweep_ends_when_fits_only_grow_worse() -> None:
+    """Many dimensions, few images, noisy labels: a weak penalty over-fits."""
+    features, labels = problem(150, 100, 3)
+    train, test = (features[:120], labels[:120]), (features[120:], labels[120:])
+    probe = linear_probe(train, test, 3)
+    whole = linear_probe(train, test, 3, LinearConfig(patience=49))
+    assert len(probe.swept) < len(whole.swept) == 49
+    assert probe.c == whole.c

@@ -8,6 +8,7 @@ depend on their scale.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from core.errors import InputError
 from transfer.data import parts_to_choose_by
-from transfer.logistic import EigenBasis, LogisticFit, fit_sweep
+from transfer.logistic import EigenBasis, LogisticFit, fit_sweep, mean_loss
 from transfer.metrics import HELD_OUT_METRICS, METRICS
 
 NORMALISATIONS = ("none", "l2")
@@ -30,7 +31,7 @@ class LinearConfig:
     log10_c_min: float = -6.0  # the grid: C × mean feature variance
     log10_c_max: float = 6.0
     c_values: int = 49  # grid points, evenly spaced in the logarithm
-    patience: int = 8  # stop the sweep after so many values without a better held-out score
+    patience: int = 8  # stop after so many fitted values that better neither score nor loss
     normalise: str = "none"  # "l2": every feature to unit length first
     sweep_tolerance: float = 1e-5  # relative decrease of the loss at which a fit of the sweep ends
     tolerance: float = 1e-6  # of the final fit
@@ -118,19 +119,28 @@ def _sweep(
     config: LinearConfig,
     metric: str,
 ) -> list[tuple[float, float]]:
-    """Return (C, held-out score) from the strongest penalty on, each fit started from the last."""
+    """Return (C, held-out score) from the strongest penalty on, each fit started from the last.
+
+    Where the penalty is far too strong, scores stand still or waver over decades: that is no
+    reason to stop. Patience counts once the fit has come half the way from chance to certainty,
+    and neither held-out score nor loss betters.
+    """
     grid = c_grid(config, basis)
     score_of = HELD_OUT_METRICS[metric]
-    labels = held_part[1].cpu()
+    features, labels = held_part[0], held_part[1].cpu()
     fits = fit_sweep(
         basis, *fit_part, classes, grid, config.sweep_tolerance, config.sweep_iterations
     )
     swept: list[tuple[float, float]] = []
-    best, since = -1.0, 0
+    best, lowest, since, chance = -1.0, math.inf, 0, 0.0
     for fit in fits:
-        score = score_of(fit.logits(held_part[0]).cpu(), labels)
+        logits = fit.logits(features).cpu()
+        score, loss = score_of(logits, labels), mean_loss(logits, labels)
         swept.append((fit.c, score))
-        best, since = (score, 0) if score > best else (best, since + 1)
+        chance = max(chance, fit.objective)  # of the first fit, whose penalty is the strongest
+        unfitted = fit.objective > chance / 2
+        since = 0 if unfitted or score > best or loss < lowest else since + 1
+        best, lowest = max(best, score), min(lowest, loss)
         if since >= config.patience:
             break
     return swept

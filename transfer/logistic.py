@@ -118,6 +118,11 @@ def fit_sweep(
         yield LogisticFit(weight, bias, c, state.value, state.iterations, state.converged)
 
 
+def mean_loss(logits: Tensor, targets: Tensor) -> float:
+    """Return the mean loss of N×K logits, nats, of what ``fit_logistic`` takes as targets."""
+    return _Loss(targets, logits.shape[1], logits.dtype)(logits)[0]
+
+
 class _Loss:
     """Mean loss of N×K logits, and its derivative: softmax or one sigmoid a class."""
 
