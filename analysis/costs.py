@@ -23,7 +23,7 @@ from core.amp import autocast
 from core.checkpoint import load_checkpoint
 from core.errors import UnreadableImage
 from core.features import all_unreadable
-from core.results import read_rows
+from core.results import ROWS_FILE, read_rows
 
 TRIAL = 2000  # images of a trial, at most
 STEPS = 3  # critic steps of a trial
@@ -102,7 +102,7 @@ def _seconds_an_image(timeline: Timeline, place: int) -> float:
 
 def _recorded(timeline: Timeline) -> dict[Unit, float]:
     """Return the mean seconds of each unit that rows of this protocol tell."""
-    path = timeline.run / "results.jsonl"
+    path = timeline.run / ROWS_FILE
     rows = read_rows(path) if path.is_file() else []
     found = {}
     for unit in timeline.units:

@@ -31,7 +31,7 @@ from core.checkpoint import Checkpoint, load_checkpoint
 from core.config import to_dict
 from core.datasets import DataConfig, IndexedDataset, report_split
 from core.errors import InputError
-from core.results import ResultRow, append_rows, config_hash, read_rows
+from core.results import ROWS_FILE, ResultRow, append_rows, config_hash, read_rows
 from transfer.linear import LinearConfig
 
 ALL = "all"  # the split that is train and test together
@@ -139,7 +139,7 @@ class Timeline:
         seconds = (time.monotonic() - started) / len(epochs)
         pairs = zip(epochs, found, strict=True)
         rows = [self._row(epoch, unit, one, seconds) for epoch, many in pairs for one in many]
-        append_rows(self.run / "results.jsonl", rows)
+        append_rows(self.run / ROWS_FILE, rows)
         return rows
 
     def _measure(
@@ -227,7 +227,7 @@ class Timeline:
         return [(*place, metric) for metric in metrics]
 
     def _done(self) -> set[tuple[str, ...]]:
-        path = self.run / "results.jsonl"
+        path = self.run / ROWS_FILE
         rows = read_rows(path) if path.is_file() else []
         return {
             (row.weights, row.dataset, row.split, row.config, row.metric)

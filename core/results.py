@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 from core.config import ROOT, InputError
 
 SCHEMA_VERSION = 1
+ROWS_FILE = "results.jsonl"  # in every run folder
 STEPS = ("pretrain", "detection", "transfer", "analysis")
 
 
@@ -116,6 +118,11 @@ def read_rows(path: str | Path) -> list[ResultRow]:
 def _unfinished(line: str) -> bool:
     """Whether a line is the beginning of a row that a crash cut short."""
     return line.startswith('{"step": ') and not line.rstrip().endswith("}")
+
+
+def is_set_aside(run: Path, below: Path) -> bool:
+    """Whether a run in or below a folder was set aside by a later one, as ``<name>.old1``."""
+    return any(re.search(r"\.old\d+$", part) for part in run.relative_to(below).parts)
 
 
 def latest(rows: Iterable[ResultRow]) -> list[ResultRow]:

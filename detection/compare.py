@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from pycocotools.coco import COCO
 from tabulate import tabulate
 
 from core.errors import InputError
-from core.results import ResultRow, append_rows, latest, read_rows
+from core.results import ROWS_FILE, ResultRow, append_rows, is_set_aside, latest, read_rows
 from detection.bootstrap import (
     LEVEL,
     Array,
@@ -25,14 +24,12 @@ from detection.bootstrap import (
 from detection.saved import (
     DATASET_FILE,
     RESULTS_FILE,
-    ROWS_FILE,
     open_truth,
     read_detections,
     tasks_of,
 )
 
 INTERVALS_FILE = "bootstrap.jsonl"
-SET_ASIDE = re.compile(r"\.old\d+$")  # a folder that the suite has set aside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +109,7 @@ def find_trials(folder: Path) -> Iterator[Trial]:
         raise InputError(f"run folder {folder} does not exist")
     for path in sorted(folder.rglob(RESULTS_FILE)):
         run = path.parent.parent if path.parent.name == "inference" else path.parent
-        aside = any(SET_ASIDE.search(part) for part in path.relative_to(folder).parts)
+        aside = is_set_aside(path, folder)
         if aside or not (run / ROWS_FILE).is_file() or not (run / DATASET_FILE).is_file():
             continue
         try:

@@ -12,7 +12,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 
 from core.progress import format_seconds
-from core.results import ResultRow, read_rows
+from core.results import ROWS_FILE, ResultRow, read_rows
 from detection import cfg as configs
 from detection.checkpointer import Checkpointer
 from detection.job import Job
@@ -130,7 +130,7 @@ def _done(job: Job) -> int:
 def _earlier(job: Job) -> ResultRow | None:
     """Return a row of a run beside this one: the same config, device and number of processes."""
     hardware = {key: job.details[key] for key in ("world_size", "device")}
-    for file in sorted(job.folder.absolute().parent.glob("*/results.jsonl")):
+    for file in sorted(job.folder.absolute().parent.glob(f"*/{ROWS_FILE}")):
         for row in reversed(read_rows(file)):
             measured = row.details.get("seconds_per_iteration")
             same = row.config == job.identity["config"] and hardware.items() <= row.details.items()

@@ -21,7 +21,7 @@ from detectron2.utils.events import TensorboardXWriter
 
 from core.checkpoint import atomic_file
 from core.errors import InputError
-from core.results import ResultRow, append_rows, read_rows
+from core.results import ROWS_FILE, ResultRow, append_rows, read_rows
 from detection import catalogue, signals
 from detection.checkpointer import Checkpointer, SaveHook, bare, restore
 from detection.coco_backends import Evaluation
@@ -31,7 +31,7 @@ from detection.job import Job, Request, prepare
 from detection.loader import training_records
 from detection.logs import WandbWriter, is_terminal, logging_to, say, trim_metrics
 from detection.plan import plan
-from detection.saved import DATASET_FILE, ROWS_FILE
+from detection.saved import DATASET_FILE
 from detection.scores import as_metrics, result_rows, table
 from detection.trainer import NotFiniteError, Trainer, add_hooks, build, build_detector, seed_torch
 from detection.weights import load_into, read_weights

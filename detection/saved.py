@@ -7,13 +7,13 @@ from typing import Any
 from pycocotools.coco import COCO
 
 from core.errors import InputError
-from core.results import append_rows
+from core.results import ROWS_FILE, append_rows
 from detection.coco_backends import Evaluation, evaluate, indexed
 from detection.datasets import read_annotations, read_json
 from detection.scores import report, result_rows
 
-# what a run leaves for others: detections, rows, where its validation data are
-RESULTS_FILE, ROWS_FILE = "coco_instances_results.json", "results.jsonl"
+# what a run leaves for others beside its rows: detections, and where its validation data are
+RESULTS_FILE = "coco_instances_results.json"
 DATASET_FILE = "dataset.json"
 TASKS = {"bbox": "bbox", "segm": "segmentation"}  # and the field that it judges
 

@@ -28,6 +28,7 @@ from core.files import ENDING, sweep
 from core.loop import Hooks, LoopConfig, Objective
 from core.resnet import ResNet, create_model, find_architecture
 from core.results import (
+    ROWS_FILE,
     ResultRow,
     append_rows,
     code_version,
@@ -227,7 +228,7 @@ def clear_leftovers(folder: Path) -> None:
 
 def is_recorded(folder: Path, epoch: int) -> bool:
     """Whether the run's result row is written: a kill may come between the last state and it."""
-    rows = folder / "results.jsonl"
+    rows = folder / ROWS_FILE
     return rows.exists() and any(row.epoch == epoch for row in read_rows(rows))
 
 
@@ -298,7 +299,7 @@ def record(
             "torch": torch.__version__,
         },
     )
-    append_rows(folder / "results.jsonl", [row])
+    append_rows(folder / ROWS_FILE, [row])
 
 
 def describe(

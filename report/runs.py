@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from core.config import InputError
-from core.results import ResultRow, read_rows
+from core.results import ROWS_FILE, ResultRow, is_set_aside, read_rows
 
-ROWS, LOG, METRICS = "results.jsonl", "log.jsonl", "metrics.json"
+LOG, METRICS = "log.jsonl", "metrics.json"
 DETECTIONS = ("coco_instances_results.json", "inference/coco_instances_results.json")
 JUDGED = ("coco_metrics.json", "inference/coco_metrics.json")
 CONFIGS = ("config.yaml", "config.json")
-SET_ASIDE = re.compile(r"\.old\d+$")  # a folder that the suite has set aside
 
 Curve = list[tuple[float, float]]  # (x, value), ascending in x
 
@@ -60,21 +59,21 @@ def find_runs(folders: Iterable[str | Path]) -> list[Run]:
     for folder in roots:
         if not folder.is_dir():
             raise InputError(f"run folder {folder} does not exist")
-        for name in (ROWS, LOG, METRICS):
+        for name in (ROWS_FILE, LOG, METRICS):
             for file in sorted(folder.rglob(name)):
-                inner = file.parent.relative_to(folder).parts
-                if not any(SET_ASIDE.search(part) for part in inner):
+                if not is_set_aside(file.parent, folder):
                     paths[file.parent] = None
     if not paths:
         places = ", ".join(map(str, roots))
-        raise InputError(f"no {ROWS}, {LOG} or {METRICS} in or below {places}: no runs to report")
+        files = f"{ROWS_FILE}, {LOG} or {METRICS}"
+        raise InputError(f"no {files} in or below {places}: no runs to report")
     return [read_run(path) for path in sorted(paths)]
 
 
 def read_run(folder: str | Path) -> Run:
     """Read one run folder."""
     path = Path(folder)
-    rows = tuple(read_rows(path / ROWS)) if (path / ROWS).is_file() else ()
+    rows = tuple(read_rows(path / ROWS_FILE)) if (path / ROWS_FILE).is_file() else ()
     config = next((path / name for name in CONFIGS if (path / name).is_file()), None)
     return Run(
         path=path,

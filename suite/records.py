@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from core.config import InputError
-from core.results import ResultRow, read_rows, sha256_of
+from core.results import ROWS_FILE, ResultRow, read_rows, sha256_of
 from suite.plan import Job
 
 RESUME_FILES = (
@@ -165,7 +165,7 @@ def finished(job: Job, record: Record) -> str:
     if job.protocol:
         rows = _rows(job)
         record.rows = [list(pair) for pair in sorted({(row.config, row.weights) for row in rows})]
-        return "" if rows else f"it left no result rows in {job.output / 'results.jsonl'}"
+        return "" if rows else f"it left no result rows in {job.output / ROWS_FILE}"
     product = newest_checkpoint(job.output) if job.kind == "pretrain" else job.output
     if product is None or not product.is_file():
         return f"it left no checkpoint in {job.output}"
@@ -196,7 +196,7 @@ def _missing_product(job: Job, record: Record) -> str:
 
 def _rows(job: Job) -> Sequence[ResultRow]:
     with contextlib.suppress(InputError):
-        return [row for row in read_rows(job.output / "results.jsonl") if row.step == job.kind]
+        return [row for row in read_rows(job.output / ROWS_FILE) if row.step == job.kind]
     return []
 
 
@@ -205,4 +205,4 @@ def _occupied(path: Path) -> bool:
 
 
 def _worth_keeping(folder: Path) -> bool:
-    return (folder / "results.jsonl").is_file() or any(folder.rglob("*.pth"))
+    return (folder / ROWS_FILE).is_file() or any(folder.rglob("*.pth"))

@@ -17,9 +17,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from core.results import ResultRow, read_rows
-
-ROWS = "results.jsonl"
+from core.results import ROWS_FILE, ResultRow, read_rows
 
 
 def parse() -> argparse.Namespace:
@@ -53,7 +51,7 @@ def main() -> int:
         for run in arguments.run:
             incomplete |= walk(run, arguments)
     if arguments.figures and not arguments.dry_run:
-        files = [*arguments.rows, *(run / ROWS for run in arguments.run)]
+        files = [*arguments.rows, *(run / ROWS_FILE for run in arguments.run)]
         draw([row for file in files for row in read_rows(file)], arguments.figures)
     return 1 if incomplete else 0
 
@@ -86,9 +84,9 @@ def walk(run: Path, arguments: argparse.Namespace) -> bool:
                 for row in rows:
                     bar.say(line(row))
                 bar.update(len({row.epoch for row in rows}), epoch=str(rows[-1].epoch))
-        print(f"rows: {run / ROWS}")
-    if not arguments.figures and not arguments.dry_run and (run / ROWS).is_file():
-        rows = [row for row in read_rows(run / ROWS) if row.step == "analysis"]
+        print(f"rows: {run / ROWS_FILE}")
+    if not arguments.figures and not arguments.dry_run and (run / ROWS_FILE).is_file():
+        rows = [row for row in read_rows(run / ROWS_FILE) if row.step == "analysis"]
         if rows:
             draw(rows, run / "figures")
     absent = timeline.survey.missing or timeline.survey.unreadable

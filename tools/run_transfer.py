@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, NoReturn
 from core import dist
 from core.config import ROOT, load_config
 from core.errors import InputError
+from core.results import ROWS_FILE, ResultRow, sha256_of
 
 if TYPE_CHECKING:
-    from core.results import ResultRow
     from transfer.backbone import Backbone
 
 
@@ -61,7 +61,7 @@ def main() -> int:
             return 0
         rows = run(config, weights, output, arguments.resume)
         if dist.is_main():
-            print("\n".join([*map(_line, rows), f"rows: {output / 'results.jsonl'}"]))
+            print("\n".join([*map(_line, rows), f"rows: {output / ROWS_FILE}"]))
     finally:
         dist.shutdown()
     return 0
@@ -77,7 +77,6 @@ def read_weights(path: str, init: str, format: str | None) -> "Backbone":
     from convert.backbone import read_backbone
     from core.checkpoint import is_ours, load_checkpoint
     from core.resnet import Architecture
-    from core.results import sha256_of
     from transfer import backbone
 
     if not path.startswith(zoo.PREFIXES) and is_ours(reading.read(path)):

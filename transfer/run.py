@@ -9,7 +9,7 @@ from core import dist
 from core.catalogue import look_up
 from core.config import save_config, to_dict
 from core.errors import InputError
-from core.results import ResultRow, append_rows, config_hash
+from core.results import ROWS_FILE, ResultRow, append_rows, config_hash
 from transfer.backbone import Backbone
 from transfer.config import TransferConfig, check, methods_of
 from transfer.data import open_splits
@@ -36,7 +36,7 @@ def run(
     if dist.is_main():
         output.mkdir(parents=True, exist_ok=True)
         save_config(config, output / "config.yaml")
-        append_rows(output / "results.jsonl", rows)
+        append_rows(output / ROWS_FILE, rows)
     return rows
 
 

@@ -1,0 +1,115 @@
+"""What ``docs`` claims: every number of its tables follows from the rows beside it, every command
+names tools and configs that are there, every picture exists."""
+
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+
+from core.config import ROOT, find_config
+from core.results import ResultRow, latest, read_rows
+from report.timeline import courses, gather
+
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*/README.md"))
+SUBSET = {
+    "random": "random",
+    "CE": "ce",
+    "CE, matched": "ce_matched",
+    "CTC, transferability": "ctc",
+    "CTC, discriminability": "ctc_discriminability",
+}
+DETECTION = {"random init.": "random", "CE": "ce", "CTC": "ctc"}
+TIMELINE = {
+    "Recall@1, source train, %": ("recall@1", "cifar100", "train"),
+    "linear probe, source test, %": ("linear/top1", "cifar100", "test"),
+    "linear probe, CIFAR-10, %": ("linear/top1", "cifar10", "test"),
+    "linear probe, Flowers-17 at 32 px, %": ("linear/top1", "flowers17_128", "test"),
+    "I(X;T), source, InfoNCE, nat": ("mi_xt/infonce", "cifar100", "all"),
+    "I(X;T), CIFAR-10, InfoNCE, nat": ("mi_xt/infonce", "cifar10", "all"),
+    "I(X;T), Flowers-17, InfoNCE, nat": ("mi_xt/infonce", "flowers17_128", "all"),
+    "I(T;Y), source, InfoNCE, nat": ("mi_ty/infonce", "cifar100", "all"),
+}
+
+
+def table(page: str) -> list[list[str]]:
+    """Return the cells of a page's only table, without its head."""
+    lines = (DOCS / page / "README.md").read_text().splitlines()
+    rows = [[c.strip() for c in ln.strip("|").split("|")] for ln in lines if ln.startswith("|")]
+    assert len(rows) > 2
+    return rows[2:]
+
+
+def said(values: Iterable[float | None], digits: int) -> str:
+    """Return mean ± sample standard deviation as the pages print it; "" for no values."""
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return ""
+    return f"{statistics.fmean(numbers):.{digits}f} ± {statistics.stdev(numbers):.{digits}f}"
+
+
+def choose(
+    rows: list[ResultRow], init: str, test: Callable[[ResultRow], bool]
+) -> list[float | None]:
+    found = [row for row in rows if row.init == init and test(row)]
+    assert [row.seed for row in found] in ([], [1, 2, 3])
+    return [row.value for row in found]
+
+
+def rows_of(page: str) -> list[ResultRow]:
+    return sorted(latest(read_rows(DOCS / page / "results.jsonl")), key=lambda row: row.seed)
+
+
+def test_the_linear_probes_table_is_that_of_its_rows() -> None:
+    rows = rows_of("subset")
+    assert [cells[0] for cells in table("subset")] == list(SUBSET)
+    for name, _, cifar, flowers, source in table("subset"):
+        init = SUBSET[name]
+        for printed, dataset in ((cifar, "cifar10"), (flowers, "flowers17_128")):
+            expected = choose(
+                rows, init, lambda r, d=dataset: r.protocol.startswith("linear") and r.dataset == d
+            )
+            assert printed == said(expected, 2)
+        assert source == said(choose(rows, init, lambda r: r.step == "pretrain"), 2)
+
+
+def test_the_detection_table_is_that_of_its_rows() -> None:
+    rows = rows_of("detection")
+    base = {m: choose(rows, "ce", lambda r, m=m: r.metric == m) for m in ("bbox/AP", "segm/AP")}
+    assert [cells[0] for cells in table("detection")] == list(DETECTION)
+    for name, box, mask, box_delta, mask_delta, source in table("detection"):
+        init = DETECTION[name]
+        for metric, printed, delta in (("bbox/AP", box, box_delta), ("segm/AP", mask, mask_delta)):
+            values = choose(rows, init, lambda r, m=metric: r.metric == m)
+            assert printed == said(values, 2)
+            if init != "ce":
+                change = statistics.fmean(values) - statistics.fmean(base[metric])
+                assert delta.startswith(f"{change:+.2f} (".replace("-", "−"))
+        assert source == said(choose(rows, init, lambda r: r.step == "pretrain"), 1)
+
+
+def test_the_timelines_table_is_that_of_its_rows() -> None:
+    (data,) = gather(read_rows(DOCS / "timeline/rows.jsonl")).values()
+    found = {(c.metric, c.dataset, c.split, c.init): c for c in courses(data)}
+    assert [cells[0] for cells in table("timeline")] == list(TIMELINE)
+    for name, *cells in table("timeline"):
+        printed = []
+        for init in ("ce", "ctc"):
+            course = found[(*TIMELINE[name], init)]
+            assert course.seeds == [1, 2]
+            printed += [f"{course.highest[1]:.1f} ({course.highest[0]})", f"{course.last[1]:.1f}"]
+        assert cells == printed
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_commands_and_pictures_of_a_page_name_what_is_there(page: Path) -> None:
+    text = page.read_text()
+    tools = re.findall(r"^\s*(tools/\S+)", text, re.MULTILINE)
+    assert tools
+    assert all((ROOT / tool).is_file() for tool in tools)
+    for name in re.findall(r"--config (\S+)", text):
+        assert find_config(name, name.split("/")[0]).is_file()
+    for link in re.findall(r"\]\(([^):]+)\)", text):
+        assert (page.parent / link).is_file()
