@@ -149,22 +149,24 @@ class PairCritic(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, shifts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Return f of the joint pairs (x_i, y_i), B, and of the marginal (x_i, y_{i+s}), K×B."""
-        from_x = self._project(x, self.weight_x) + self.bias  # B×H
-        from_y = self._project(y, self.weight_y)  # B×H; then one pass a shift: bounded memory
+        from_x = self._project(x, self.weight_x, self.bias)  # B×H
+        from_y = self._project(y, self.weight_y, None)  # B×H; then one pass a shift: bounded memory
         scores = [self._score(from_x + from_y.roll(-s, 0)) for s in (0, *shifts)]
         return scores[0], torch.stack(scores[1:])
 
-    def _project(self, rows: Tensor, weight: Tensor) -> Tensor:
-        if not rows.is_floating_point():  # labels pick columns, as their one-hot rows would
-            return F.embedding(rows, weight.t())
-        return _linear(rows, weight, None, self.alone)
+    def _project(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if rows.is_floating_point():
+            return _linear(rows, weight, bias, self.alone)
+        picked = F.embedding(rows, weight.t())  # labels pick columns, as their one-hot rows would
+        return picked if bias is None else picked + bias
 
     def _score(self, first: Tensor) -> Tensor:
-        hidden = first.relu()
+        hidden = first.relu_()
         for layer in self.middle:
-            hidden = _linear(hidden, layer.weight, layer.bias, self.alone).relu()
+            hidden = _linear(hidden, layer.weight, layer.bias, self.alone).relu_()
         # A bfloat16 score would be coarser than the estimate: the last layer is float32.
-        return (hidden.float() * self.last.weight[0]).sum(-1) + self.last.bias
+        with torch.autocast(hidden.device.type, enabled=False):
+            return hidden.float() @ self.last.weight[0] + self.last.bias
 
 
 class SeparableCritic(nn.Module):

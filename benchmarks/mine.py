@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from analysis.mutual_information import RELEASED_XT, Settings, estimate
 
-LATENT = 8  # dimensions that x and y share
+LATENT, CORRELATION = 8, 0.6  # Gaussian dimensions behind x and y: −8/2·log(1−0.6²) = 1.79 nat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Sizes:
     y: int = 512
     hidden: int = 1024
     batch: int = 5000
-    iterations: int = 6
+    iterations: int = 16
     repeats: int = 3  # the fastest counts, on both sides
     checked_hidden: int = 256  # the smaller critic whose converged estimates are compared
     checked_batch: int = 1000
@@ -116,15 +116,16 @@ def _plain(x: Tensor, y: Tensor, settings: Settings, seed: int) -> float:
 
 
 def _pairs(sizes: Sizes) -> tuple[Tensor, Tensor]:
-    """Return x and y that share a few latent dimensions, as images and their features do."""
+    """Return x and y of correlated latents, as images and their features; I(x; y) ≤ 1.8 nat."""
     draw = torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw)
 
     latent = noise(sizes.pairs, LATENT)
+    other = CORRELATION * latent + (1 - CORRELATION**2) ** 0.5 * noise(sizes.pairs, LATENT)
     x = latent @ noise(LATENT, sizes.x) / LATENT**0.5 + 0.5 * noise(sizes.pairs, sizes.x)
-    y = (latent @ noise(LATENT, sizes.y)).relu() / LATENT**0.5 + 0.1 * noise(sizes.pairs, sizes.y)
+    y = (other @ noise(LATENT, sizes.y)).relu() / LATENT**0.5 + 0.1 * noise(sizes.pairs, sizes.y)
     return x, y
 
 
