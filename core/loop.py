@@ -127,7 +127,7 @@ def train(
     sampler = EpochSampler(len(dataset), config.batch_size, seed, *ranks, dataset.blocks)
     loader = training_loader(dataset, sampler, workers=workers)
     steps = sampler.steps_per_epoch
-    log = resume.RunLog(run_dir / "log.jsonl", position.iteration)
+    log = resume.RunLog(run_dir / resume.LOG, position.iteration)
     with (
         StopRequests() as stop,
         Progress(steps * total_epochs, "train", position.iteration, not dist.is_main()) as bar,

@@ -18,6 +18,7 @@ from core.files import atomic_file
 FORMAT = "transfer-suite resume state"
 VERSION = 1
 FILE = "resume.pth"
+LOG = "log.jsonl"
 PREVIOUS = "resume.previous.pth"  # the state before, kept until the next is known to be good
 
 

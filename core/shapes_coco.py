@@ -2,6 +2,7 @@
 
 Objects overlap; a mask is what is *seen* of an object, so hidden parts are cut out of its polygons.
 Some groups are annotated as a crowd (``iscrowd`` 1, RLE), and some images have no object at all.
+An object's keypoints are the extreme points of what is seen of it (arXiv 1901.08043).
 H×W are fine pixels (``drawing.FINE`` per pixel and side), S pixels the side of an image.
 """
 
@@ -24,11 +25,12 @@ from core.outlines import outlines, run_lengths
 from core.seeds import Dice
 
 IMAGE_SIZE = 160  # pixels
-VERSION = 1  # raise it when pictures change: files of another version are not reused
+VERSION = 2  # raise it when pictures or annotations change: files of another version are not reused
 SPLITS = ("train", "val", "test")
 EMPTY, CROWDED = 6, 12  # percent of the images: without any object; with a crowd
 SEEN = 40  # percent of an object that must stay in sight when others are put before it
 SMALLEST = 12  # pixels in sight below which an object is not annotated
+KEYPOINTS = ("left", "top", "right", "bottom")
 _SEED = 1405  # kept apart from the classification set's
 
 SILHOUETTES: dict[str, np.ndarray] = {
@@ -132,7 +134,8 @@ def scene(size: int, dice: Dice) -> tuple[np.ndarray, np.ndarray, list[dict[str,
 def annotations(owner: np.ndarray, objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return COCO annotations, without ids, of what is seen; crowds as RLE, the rest as polygons.
 
-    ``area`` and ``bbox`` are pycocotools' own of the segmentation, in pixels.
+    ``area`` and ``bbox`` are pycocotools' own of the segmentation, in pixels. Crowds have no
+    keypoint.
     """
     size = owner.shape[0] // FINE
     found = []
@@ -155,8 +158,25 @@ def annotations(owner: np.ndarray, objects: list[dict[str, Any]]) -> list[dict[s
                     "area": area,
                     "bbox": [float(v) for v in coco_mask.toBbox(rle)],
                     "segmentation": segmentation,
+                    "num_keypoints": 0 if thing["crowd"] else len(KEYPOINTS),
+                    "keypoints": [0] * 12 if thing["crowd"] else _extremes(coco_mask.decode(rle)),
                 }
             )
+    return found
+
+
+def _extremes(mask: np.ndarray) -> list[int]:
+    """S×S pixels -> x, y (from 0) and 2 (visible) of each of ``KEYPOINTS``.
+
+    Where several pixels are equally far out, the middle one counts.
+    """
+    rows, columns = mask.nonzero()
+    found: list[int] = []
+    for far in (columns == columns.min(), rows == rows.min(),
+                columns == columns.max(), rows == rows.max()):  # fmt: skip
+        candidates = np.flatnonzero(far)
+        middle = candidates[len(candidates) // 2]
+        found += [int(columns[middle]), int(rows[middle]), 2]
     return found
 
 
@@ -232,7 +252,14 @@ def _write(folder: Path, split: str, n: int, size: int, seed: int) -> None:
         "images": [],
         "annotations": [],
         "categories": [
-            {"id": k, "name": name, "supercategory": "shape"} for k, name in enumerate(CLASSES, 1)
+            {
+                "id": k,
+                "name": name,
+                "supercategory": "shape",
+                "keypoints": list(KEYPOINTS),
+                "skeleton": [],
+            }
+            for k, name in enumerate(CLASSES, 1)
         ],
     }
     for image_id in range(1, n + 1):

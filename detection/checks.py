@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from convert.names import to_torchvision
+from core.disk import GB
 from core.progress import format_seconds
 from detection import catalogue, foreign, parity
 from detection import weights as weight_files
@@ -25,7 +26,7 @@ from detection.bench import Bench, Failed, NothingToCheck, NotRun
 from detection.checkpointer import FINAL, Checkpointer, SaveHook, bare, restore
 from detection.datasets import Split, open_pair, read_annotations
 from detection.evaluation import evaluate_model
-from detection.plan import GB, disk, world
+from detection.plan import disk, world
 from detection.scores import result_rows
 from detection.trainer import Trainer, seed_torch
 

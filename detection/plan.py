@@ -4,13 +4,12 @@ Everything follows from the config but the hours, which are measured: by an earl
 protocol on as many processes, or by whoever published the protocol (``SUITE.EXPECTED_HOURS``).
 """
 
-import dataclasses
 import math
-import shutil
 from pathlib import Path
 
 from detectron2.config import CfgNode
 
+from core.disk import Disk, Files, free_bytes
 from core.progress import format_seconds
 from core.results import ROWS_FILE, ResultRow, read_rows
 from detection import cfg as configs
@@ -18,31 +17,7 @@ from detection.checkpointer import Checkpointer
 from detection.job import Job
 from detection.weights import meta_model
 
-GB = 1e9
 EXPECTED_ON = 8  # GPUs that SUITE.EXPECTED_HOURS is for
-
-
-@dataclasses.dataclass(frozen=True)
-class Disk:
-    """Bytes of a run's checkpoints, and what is free where they go."""
-
-    each: int
-    kept: int  # at most at one time
-    free: int
-
-    @property
-    def needed(self) -> int:
-        return self.each * self.kept
-
-    @property
-    def enough(self) -> bool:
-        return self.needed < self.free
-
-    def __str__(self) -> str:
-        return (
-            f"at most {self.kept} checkpoints of {self.each / GB:.2f} GB = "
-            f"{self.needed / GB:.2f} GB, {self.free / GB:.1f} GB free"
-        )
 
 
 def plan(job: Job) -> list[str]:
@@ -117,9 +92,8 @@ def checkpoint_bytes(cfg: CfgNode) -> int:
 
 def disk(cfg: CfgNode, each: int) -> Disk:
     """Return what checkpoints of ``each`` bytes need, and what is free in the output folder."""
-    folder = Path(cfg.OUTPUT_DIR).absolute()
-    there = next(place for place in (folder, *folder.parents) if place.is_dir())
-    return Disk(each, kept_checkpoints(cfg), shutil.disk_usage(there).free)
+    files = Files(kept_checkpoints(cfg), "checkpoint", each)
+    return Disk((files,), free_bytes(Path(cfg.OUTPUT_DIR)))
 
 
 def _done(job: Job) -> int:

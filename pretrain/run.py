@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from core import amp, checkpoint, dist, loop, resume
@@ -121,19 +120,6 @@ def pretrain(config: PretrainConfig, folder: Path, resume_run: bool = False) -> 
     return path
 
 
-def plan(config: PretrainConfig, folder: Path, resume_run: bool) -> str:
-    """Return what ``pretrain`` would do, after all checks that need no training.
-
-    Raises:
-        InputError: as ``pretrain``.
-    """
-    prepare_folder(folder, config, resume_run)
-    dataset, _, objective = make_ready(config)
-    epochs = sum(stage.epochs for stage in objective.stages())
-    sentence = describe(config, dataset, epochs, dist.pick_device(config.loop.device))
-    return f"{yaml.safe_dump(to_dict(config), sort_keys=False)}# {sentence}\n# into {folder}"
-
-
 def make_ready(config: PretrainConfig) -> tuple[IndexedDataset, IndexedDataset, Objective]:
     """Return ``open_data``'s images and the objective around a network drawn from the seed.
 
@@ -242,7 +228,11 @@ def write_config(config: PretrainConfig, folder: Path) -> None:
 
 def fingerprint(config: PretrainConfig) -> str:
     """Return a hash of everything in a recipe that its weights depend on."""
-    content = to_dict(config)
+    return fingerprint_of(to_dict(config))
+
+
+def fingerprint_of(content: dict[str, Any]) -> str:
+    """Return the fingerprint of a recipe that is given as nested values, which it takes apart."""
     for group, keys in WITHOUT_EFFECT.items():
         for key in keys:
             del (content[group] if group else content)[key]

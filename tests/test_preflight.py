@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from core.disk import Disk, Files
 from core.errors import InputError
 from core.results import ResultRow, append_rows
 from detection import checks
 from detection.bench import Limits
 from detection.cfg import hash_of, load_cfg
 from detection.checks import CHECKS
-from detection.plan import Disk, kept_checkpoints
+from detection.plan import kept_checkpoints
 from detection.preflight import FAILED, NOT_RUN, PASSED, preflight
 from detection.run import run
 from tests.detection_tiny import CONFIG, SMALL, backbone, request, write_backbone, write_pair
@@ -144,7 +145,7 @@ def test_a_resume_that_forgets_the_optimiser_is_found(
 def test_a_full_disk_fails(
     data: Path, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "disk", lambda cfg, each: Disk(each, kept=3, free=2 * each))
+    monkeypatch.setattr(checks, "disk", lambda cfg, each: Disk((Files(3, "", each),), 2 * each))
     found = _found(request(data, tmp_path / "run", weights=str(weights)), "memory")
     assert found["memory"][0] == FAILED
     assert "not enough disk" in found["memory"][1]

@@ -11,7 +11,8 @@ import torch
 from core import checkpoint
 from core.config import CONFIG_DIR, InputError, load_config
 from core.results import read_rows
-from pretrain.run import PretrainConfig, plan, pretrain
+from pretrain.plan import disk, plan
+from pretrain.run import PretrainConfig, make_ready, pretrain
 from tests.faults import TINY
 
 
@@ -74,7 +75,29 @@ def test_a_fresh_start_wants_an_empty_folder_and_a_resume_its_own_recipe(
 def test_a_plan_writes_nothing(tmp_path: Path, tiny_npz: Path) -> None:
     said = plan(_config(tiny_npz, "ctc"), tmp_path / "run", False)
     assert "4 epochs = 12 steps of 16 images" in said
+    assert "# time: not known" in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["random", "ce", "ctc"])
+def test_a_plan_knows_the_disk_and_the_time_of_a_run_like_one_before(
+    tmp_path: Path, tiny_npz: Path, method: str
+) -> None:
+    pretrain(_config(tiny_npz, method), tmp_path / "first")
+    config, folder = _config(tiny_npz, method, "seed", "5"), tmp_path / "second"
+    dataset, _, objective = make_ready(config)
+    epochs = sum(stage.epochs for stage in objective.stages())
+    told = {f.what: f for f in disk(config, folder, objective.model, len(dataset), epochs).files}
+    written = [path.stat().st_size for path in (tmp_path / "first/checkpoints").iterdir()]
+    assert told["checkpoint"].count == len(written)
+    assert told["checkpoint"].each == pytest.approx(max(written), rel=0.05)
+    if not epochs:
+        return
+    state = (tmp_path / "first/resume.pth").stat().st_size
+    assert told["resume state"].each == pytest.approx(state, rel=0.1)
+    assert f"as {tmp_path / 'first'} took" in plan(config, folder, False)
+    other = _config(tiny_npz, method, "loop.momentum", "0.5")
+    assert "# time: not known" in plan(other, folder, False)
 
 
 def test_every_recipe_loads_and_the_released_ones_have_the_released_values() -> None:

@@ -82,6 +82,29 @@ def test_masks_are_what_is_seen_of_each_object(scenes):
     assert checked > 200
 
 
+def test_keypoints_touch_the_sides_of_the_box_and_lie_on_the_mask(scenes):
+    for _, _, _, annotations in scenes:
+        for annotation in annotations:
+            points = np.array(annotation["keypoints"]).reshape(-1, 3)
+            if annotation["iscrowd"]:
+                assert annotation["num_keypoints"] == 0
+                assert not points.any()
+                continue
+            assert annotation["num_keypoints"] == len(points) == len(shapes_coco.KEYPOINTS)
+            assert set(points[:, 2]) == {2}
+            left, top, width, height = annotation["bbox"]
+            sides = [left, top, left + width - 1, top + height - 1]
+            assert [points[0, 0], points[1, 1], points[2, 0], points[3, 1]] == sides
+            mask = _decoded(annotation, 96)
+            assert all(mask[y, x] for x, y, _ in points)
+
+
+def test_extreme_points_are_the_middle_of_the_outermost_pixels():
+    mask = np.zeros((8, 8), bool)
+    mask[2:5, 1:7] = True
+    assert shapes_coco._extremes(mask) == [1, 3, 2, 4, 2, 2, 6, 3, 2, 4, 4, 2]
+
+
 def test_masks_of_one_image_hardly_share_a_pixel(scenes):
     shared = total = 0
     for _, _, _, annotations in scenes:

@@ -63,7 +63,9 @@ def main() -> int:
     config = read_config(arguments)
     output = arguments.output or ROOT / "runs" / f"{config.recipe}-s{config.seed}"
     if arguments.dry_run:
-        print(run.plan(config, output, arguments.resume))
+        from pretrain.plan import plan
+
+        print(plan(config, output, arguments.resume))
         return 0
     try:
         path = run.pretrain(config, output, arguments.resume)

@@ -48,7 +48,8 @@ def main() -> int:
     """Evaluate, and print one line for each number."""
     arguments = parse()
     from transfer.config import TransferConfig
-    from transfer.run import plan, run
+    from transfer.plan import plan
+    from transfer.run import run
 
     config = load_config(TransferConfig, arguments.config, arguments.overrides, "transfer")
     weights = read_weights(arguments.weights, arguments.init, arguments.format)

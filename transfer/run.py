@@ -3,8 +3,6 @@
 import time
 from pathlib import Path
 
-import yaml
-
 from core import dist
 from core.catalogue import look_up
 from core.config import save_config, to_dict
@@ -26,7 +24,7 @@ def run(
     Raises:
         InputError: a config, data set or checkpoint that cannot be used; nothing is written.
     """
-    unit = _opened(config, backbone, output, resume)
+    unit = opened(config, backbone, output, resume)
     rows: list[ResultRow] = []
     for method in unit.methods:
         started = time.monotonic()
@@ -40,24 +38,7 @@ def run(
     return rows
 
 
-def plan(config: TransferConfig, backbone: Backbone, output: Path, resume: bool = False) -> str:
-    """Return what ``run`` would do, after all checks that need no features.
-
-    Raises:
-        InputError: as ``run``.
-    """
-    unit = _opened(config, backbone, output, resume)
-    train, test = unit.splits.train, unit.splits.test
-    methods = ", ".join(unit.methods)
-    return (
-        f"{yaml.safe_dump(to_dict(config), sort_keys=False)}"
-        f"# {methods} of {backbone.init} ({backbone.model.arch}) on {train.name}: "
-        f"{len(train) + len(unit.splits.val or ())} training images, {len(test)} of "
-        f"{test.split}, {unit.splits.classes} classes, seed {unit.seed}\n# into {output}"
-    )
-
-
-def _opened(config: TransferConfig, backbone: Backbone, output: Path, resume: bool) -> Transfer:
+def opened(config: TransferConfig, backbone: Backbone, output: Path, resume: bool) -> Transfer:
     """Check everything and open the data; nothing is written."""
     unknown = [method for method in config.methods if method not in METHODS]
     if unknown or not config.methods:

@@ -1,0 +1,98 @@
+"""What a pretraining will take, told before it starts: steps, time, disk.
+
+The time is that of an earlier run beside this one, of the same recipe on as many processes.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import yaml
+from torch import nn
+
+from core import dist, resume
+from core.config import load_config, to_dict
+from core.disk import Disk, Files, free_bytes
+from core.errors import InputError
+from core.progress import format_seconds
+from core.results import ROWS_FILE, read_rows
+from pretrain import run
+from pretrain.recipe import CTCConfig
+from pretrain.run import PretrainConfig
+
+BANK_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a number in a memory bank
+
+
+def plan(config: PretrainConfig, folder: Path, resume_run: bool) -> str:
+    """Return what ``run.pretrain`` would do, after all checks that need no training.
+
+    Raises:
+        InputError: as ``run.pretrain``.
+    """
+    run.prepare_folder(folder, config, resume_run)
+    dataset, _, objective = run.make_ready(config)
+    epochs = sum(stage.epochs for stage in objective.stages())
+    device = dist.pick_device(config.loop.device)
+    return "\n".join(
+        [
+            yaml.safe_dump(to_dict(config), sort_keys=False).rstrip(),
+            f"# {run.describe(config, dataset, epochs, device)}",
+            f"# into {folder}",
+            f"# time: {expected_time(config, folder)}",
+            f"# disk: {disk(config, folder, objective.model, len(dataset), epochs)}",
+        ]
+    )
+
+
+def expected_time(config: PretrainConfig, folder: Path) -> str:
+    """Return how long an earlier run took to train, or that this is not known."""
+    for file in sorted(folder.absolute().parent.glob(f"*/{ROWS_FILE}")):
+        worlds = [r.details.get("world_size") for r in read_rows(file) if r.step == "pretrain"]
+        if not worlds or worlds[-1] != dist.world_size():
+            continue
+        try:
+            before = load_config(PretrainConfig, file.parent / run.CONFIG)
+        except InputError:  # of another version
+            continue
+        same = {**to_dict(before), "seed": config.seed}
+        if run.fingerprint_of(same) == run.fingerprint(config):
+            seconds = trained_seconds(file.parent / resume.LOG, config.loop.batch_size)
+            return f"{format_seconds(seconds)}, as {file.parent} took, evaluation not counted"
+    return "not known; the first steps will show it"
+
+
+def trained_seconds(log: Path, batch: int) -> float:
+    """Return the seconds that the steps in a run's log took, from their images per second."""
+    seconds, before = 0.0, 0
+    for line in log.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        if entry.get("images_per_second"):
+            seconds += (entry["iteration"] - before) * batch / entry["images_per_second"]
+            before = entry["iteration"]
+    return seconds
+
+
+def disk(config: PretrainConfig, folder: Path, model: nn.Module, images: int, epochs: int) -> Disk:
+    """Return what a run's checkpoints and states need; a new state is whole before an old one goes.
+
+    Args:
+        images: N of the training set, the rows of CTC's banks.
+    """
+    weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    momentum = sum(p.numel() * p.element_size() for p in model.parameters())
+    state = weights + (momentum if config.loop.momentum else 0)
+    if config.method == "ctc":
+        state += max(_stage_bytes(config.ctc, images, weights))
+    kept = 1 + math.ceil(epochs / config.loop.save_every)  # epoch 0, every so many, the last
+    files = [Files(kept, "checkpoint", weights)]
+    if epochs:
+        files.append(Files(3, "resume state", state))
+    return Disk(tuple(files), free_bytes(folder))
+
+
+def _stage_bytes(ctc: CTCConfig, images: int, weights: int) -> tuple[int, int]:
+    """Return the banks of stage 1, and those of stage 2 with the frozen network."""
+    number = BANK_BYTES[ctc.bank_dtype]
+    first = images * ctc.dim1 * number if ctc.alpha else 0
+    second = 2 * images * ctc.dim2 * number + weights if ctc.beta else 0
+    return first, second

@@ -1,0 +1,80 @@
+"""What a transfer will take, told before it starts: images, steps, time, disk.
+
+The time is that of an earlier one beside it: the same config, another initialisation or seed.
+"""
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import yaml
+
+from core import dist
+from core.config import load_config, to_dict
+from core.disk import Disk, Files, free_bytes
+from core.errors import InputError
+from core.progress import format_seconds
+from core.results import ROWS_FILE, read_rows
+from transfer import run
+from transfer.backbone import Backbone
+from transfer.config import TransferConfig
+from transfer.protocols import Transfer
+
+OF_FEATURES = ("linear", "knn", "few_shot")  # methods that read features, computed once and cached
+FEATURE_BYTES = {"float32": 4, "float16": 2}
+
+
+def plan(config: TransferConfig, backbone: Backbone, output: Path, resume: bool = False) -> str:
+    """Return what ``run.run`` would do, after all checks that need no features.
+
+    Raises:
+        InputError: as ``run.run``.
+    """
+    unit = run.opened(config, backbone, output, resume)
+    train, test = unit.splits.train, unit.splits.test
+    lines = [
+        f"{', '.join(unit.methods)} of {backbone.init} ({backbone.model.arch}) on {train.name}: "
+        f"{len(train) + len(unit.splits.val or ())} training images, {len(test)} of "
+        f"{test.split}, {unit.splits.classes} classes, seed {unit.seed}",
+        f"into {output}",
+    ]
+    if "finetune" in unit.methods:
+        grid = len(config.finetune.lr) * len(config.finetune.weight_decay)
+        trainings = grid + 1 if grid > 1 else 1
+        each = f"{config.finetune.epochs} epochs" if config.finetune.epochs else (
+            f"{config.finetune.steps} steps"
+        )  # fmt: skip
+        lines.append(f"trainings: {trainings} of {each} of {config.loop.batch_size} images")
+    lines += [f"time: {expected_time(config, output)}", f"disk: {disk(unit)}"]
+    resolved = yaml.safe_dump(to_dict(config), sort_keys=False)
+    return resolved + "\n".join(f"# {line}" for line in lines)
+
+
+def expected_time(config: TransferConfig, output: Path) -> str:
+    """Return how long an earlier transfer of this config took, or that this is not known."""
+    for file in sorted(output.absolute().parent.glob(f"*/{ROWS_FILE}")):
+        rows = [r for r in read_rows(file) if r.details.get("world_size") == dist.world_size()]
+        try:
+            before = load_config(TransferConfig, file.parent / "config.yaml")
+        except InputError:  # of another version
+            continue
+        if rows and dataclasses.replace(before, seed=config.seed) == config:
+            # every row of a method has the method's seconds, and those of a method come in one go
+            times = [time for time, _ in itertools.groupby(r.details["seconds"] for r in rows)]
+            return f"{format_seconds(sum(times))}, as {file.parent} took (features may be cached)"
+    return "not known; the progress will show it"
+
+
+def disk(unit: Transfer) -> Disk:
+    """Return what cached features, and the fine-tuned network with its states, need."""
+    config, model = unit.config, unit.backbone.model
+    files = []
+    if set(unit.methods) & set(OF_FEATURES) and config.features.cache != "none":
+        images = sum(map(len, (unit.splits.train, unit.splits.val or (), unit.splits.test)))
+        each = images * model.num_features * FEATURE_BYTES[config.features.dtype]
+        files.append(Files(1, "feature file", each))
+    if "finetune" in unit.methods:
+        weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+        files.append(Files(1, "checkpoint", weights))
+        files.append(Files(3, "resume state", 2 * weights))  # the newest in the making
+    return Disk(tuple(files), free_bytes(unit.output))
