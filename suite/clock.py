@@ -3,7 +3,7 @@
 import heapq
 from collections.abc import Mapping, Sequence
 
-from suite.plan import Job, Plan
+from suite.plan import Job, Plan, kind_of
 from suite.records import Records
 
 
@@ -21,13 +21,13 @@ class Clock:
     def note(self, job: Job, seconds: float) -> None:
         """Learn how long a job has taken."""
         self.seconds[job.name] = seconds
-        self.alike.setdefault(_kind(job), []).append(seconds)
+        self.alike.setdefault(kind_of(job), []).append(seconds)
 
     def expect(self, job: Job) -> float | None:
         """Return the expected seconds of a job, None where nothing is known of its like."""
         if job.name in self.seconds:
             return self.seconds[job.name]
-        alike = self.alike.get(_kind(job))
+        alike = self.alike.get(kind_of(job))
         if alike:
             return sum(alike) / len(alike)
         return 60 * job.minutes if job.minutes else None
@@ -62,8 +62,3 @@ def clock_time(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def _kind(job: Job) -> str:
-    """Return what jobs of about equal length share: initialisation, protocol, or conversion."""
-    return f"{job.kind} {job.init if job.kind == 'pretrain' else job.protocol}"

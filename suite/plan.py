@@ -16,7 +16,7 @@ from core.config import ROOT, InputError, find_config, read_with_bases
 from suite.launch import launch
 from suite.schema import Initialisation, Protocol, Suite, step_of
 
-CONVERT_MINUTES = 0.2
+CONVERT_MINUTES, CONVERT_GIGABYTES = 0.2, 0.1  # of a ResNet-50
 EXPECTED_ON_GPUS = 8  # that SUITE.EXPECTED_HOURS of a detection config is for
 TOOLS = {
     "pretrain": "run_pretrain.py",
@@ -41,6 +41,7 @@ class Job:
     options: tuple[str, ...] = ()  # its options, but for input, output and --resume
     pairs: tuple[str, ...] = ()  # KEY VALUE overrides, at its end
     minutes: float = 0.0  # expected; 0: unknown
+    gigabytes: float = 0.0  # that it will write, at most; 0: unknown
     needs: str = ""  # the job whose product is its input
     weights: Path | None = None  # or a file that exists is its input
 
@@ -93,6 +94,11 @@ def make_plan(suite: Suite, name: str, root: str | Path) -> Plan:
                 )
             jobs += [job for job in found if job.name not in {known.name for known in jobs}]
     return Plan(suite, name, root, tuple(jobs))
+
+
+def kind_of(job: Job) -> str:
+    """Return what jobs of about equal length and size share: initialisation, or protocol."""
+    return f"{job.kind} {job.init if job.kind == 'pretrain' else job.protocol}"
 
 
 def select(plan: Plan, only: Sequence[str]) -> Plan:
@@ -158,6 +164,7 @@ def _pretrain_job(name: str, init: Initialisation, seed: int, root: Path) -> Job
         f"pretrain/{stem}", "pretrain", name, seed, "", root / "pretrain" / stem, recipe,
         words=(init.method,), options=("--config", str(config), "--init", name, *init.arguments),
         pairs=tuple(_pairs({**_flat(init.overrides), "seed": seed})), minutes=init.minutes,
+        gigabytes=init.gigabytes,
     )  # fmt: skip
 
 
@@ -167,6 +174,7 @@ def _convert_job(name: str, init: Initialisation, seed: int, source: Job | None,
     return Job(
         f"convert/{stem}", "convert", name, seed, "", root / "weights" / f"{stem}_d2.pth",
         {"format": init.format}, options=_format(init), minutes=CONVERT_MINUTES,
+        gigabytes=CONVERT_GIGABYTES,
         needs=source.name if source else "", weights=_weights_file(init),
     )  # fmt: skip
 
@@ -183,6 +191,7 @@ def _detection_job(
         f"{name}/{stem}", "detection", init, seed, name, root / name / stem, recipe,
         options=options, pairs=tuple(_pairs(_flat(protocol.overrides), plain=True)),
         minutes=protocol.minutes or _published_minutes(recipe, protocol, gpus), needs=source.name,
+        gigabytes=protocol.gigabytes,
     )  # fmt: skip
 
 
@@ -205,7 +214,8 @@ def _transfer_job(
     return Job(
         f"{name}/{stem}", "transfer", init_name, seed, name, root / name / stem, recipe,
         options=options, pairs=tuple(_pairs({**_flat(protocol.overrides), "seed": seed})),
-        minutes=protocol.minutes, needs=source.name if source else "", weights=_weights_file(init),
+        minutes=protocol.minutes, gigabytes=protocol.gigabytes,
+        needs=source.name if source else "", weights=_weights_file(init),
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from suite.clock import Clock, clock_time
 from suite.executors import Attempt, End, Executor, LocalExecutor, Task
 from suite.plan import Job, Plan, check_weights, command
 from suite.records import Record, Records, State, Verdict, finished, judge, make_room, product_of
+from suite.space import expected_disk
 
 Say = Callable[[str], None]
 
@@ -257,8 +258,7 @@ def dry_run(plan: Plan, say: Say = print, slots: int = 1) -> None:
     suite = plan.suite
     counts = f"{_count(len(plan.cells), 'cell')}, {_count(len(plan.jobs), 'step')}"
     say(f"{plan.name}: {counts}; seeds {', '.join(map(str, suite.seeds))}; in {shown(plan.root)}")
-    clock = Clock(plan, Records(plan.root))
-    waiting = []
+    records, waiting = Records(plan.root), []
     for place, (job, verdict, source) in enumerate(verdicts(plan), 1):
         why = f" ({verdict.reason})" if verdict.reason else ""
         say(f"[{place}/{len(plan.jobs)}] {verdict.state.value:7}{describe(job)}{why}")
@@ -269,7 +269,9 @@ def dry_run(plan: Plan, say: Say = print, slots: int = 1) -> None:
         resume = verdict.state is State.RESUME
         words = command(job, given, resume, suite.gpus)
         say("        " + shlex.join([shown(word) for word in words]))
-    say(f"{_count(len(waiting), 'step')} to run, expected time {clock.eta(waiting, slots)}")
+    time = Clock(plan, records).eta(waiting, slots)
+    disk = expected_disk(plan, waiting, records)
+    say(f"{_count(len(waiting), 'step')} to run, expected time {time}, disk {disk}")
 
 
 def source_of(plan: Plan, job: Job, records: Records) -> Path | None:

@@ -37,6 +37,7 @@ class Initialisation:
     format: str = ""  # its format, where the converter asks for it
     arguments: list[str] = dataclasses.field(default_factory=list)  # more for run_pretrain.py
     minutes: float = 0.0  # expected, for the first ETA; 0: unknown
+    gigabytes: float = 0.0  # that its run writes, for --dry-run; 0: unknown
     label: str = ""  # in the tables; empty: the name
 
 
@@ -49,6 +50,7 @@ class Protocol:
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # its KEY VALUE
     arguments: list[str] = dataclasses.field(default_factory=list)  # more for the tool
     minutes: float = 0.0  # expected, for the first ETA; 0: what the config says, or unknown
+    gigabytes: float = 0.0  # that one run writes, for --dry-run; 0: unknown
 
 
 @dataclasses.dataclass(frozen=True)

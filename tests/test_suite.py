@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from core.config import ROOT, InputError, load_config
+from core.disk import free_bytes, size
 from core.results import ResultRow
 from report.runs import read_run
 from suite import rebuild
@@ -28,9 +29,10 @@ from suite.child import Child
 from suite.clock import Clock, clock_time
 from suite.executors import LocalExecutor, Task
 from suite.plan import command, make_plan, select
-from suite.records import Records, State, changed_recipe, make_room
+from suite.records import Record, Records, State, changed_recipe, make_room
 from suite.runner import dry_run, run_plan, verdicts
 from suite.schema import Suite, load_suite
+from suite.space import expected_disk
 
 HEAD = """
 import json, pathlib, signal, sys, time
@@ -620,6 +622,24 @@ def test_eta_is_declared_then_measured_and_says_what_it_does_not_know(bench: Ben
     chain = [pretrains[0], plan.job("convert/ce-s1"), plan.job("quick/ce-s1"), pretrains[1]]
     assert clock.eta(chain, slots=2) == "2:12"  # 90 + 12 + 30: each after what it needs
     assert clock.eta(pretrains) == "3:00"
+
+
+def test_disk_is_declared_then_measured_and_says_what_it_does_not_know(bench: Bench):
+    extra = ["protocols.quick.gigabytes", "2", "seeds", "[1, 2]"]
+    plan = make_plan(load_suite(bench.config, extra), "s", bench.root)
+    records = Records(plan.root)
+    detections = [plan.job(f"quick/{init}-s{seed}") for init in ("random", "ce") for seed in (1, 2)]
+    pretrain = plan.job("pretrain/ce-s1")
+    free = size(free_bytes(bench.root))
+    assert expected_disk(plan, detections, records).startswith("8.00 GB, ")
+    assert expected_disk(plan, [pretrain], records) == f"not known, {free} free"
+    assert expected_disk(plan, [*detections, pretrain], records).startswith("≥ 8.00 GB, ")
+    assert expected_disk(plan, [], records).startswith("0.0 MB, ")
+    (detections[0].output / "sub").mkdir(parents=True)
+    (detections[0].output / "sub/model.pth").write_bytes(bytes(3_000_000))
+    (detections[0].output / "log").write_bytes(bytes(1_000_000))
+    records.write(detections[0], Record(detections[0].name, "done", {}, "", []))
+    assert expected_disk(plan, detections[1:], records).startswith("12.0 MB, ")
 
 
 def test_a_published_protocol_brings_its_hours_where_it_is_unchanged():
