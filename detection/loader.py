@@ -131,8 +131,11 @@ def training_records(cfg: CfgNode) -> list[Record]:
 
 def test_loader(cfg: CfgNode, catalog_name: str) -> DataLoader[Record]:
     """Return the loader of a whole split, each image once over all ranks."""
+    judged = cfg.clone()
+    judged.defrost()
+    judged.DATASETS.TRAIN = (catalog_name,)  # where detectron2's mapper looks keypoints up
     loader: DataLoader[Record] = build_detection_test_loader(
-        cfg, catalog_name, mapper=Mapper(cfg, False)
+        judged, catalog_name, mapper=Mapper(judged, False)
     )
     return loader
 

@@ -198,6 +198,9 @@ def test_a_keypoint_run_ends_in_keypoint_rows(tmp_path: Path) -> None:
     fields = {key: str(value) for key, value in data.items()}
     found = _run(tmp_path / "run", config=config, overrides=more, **fields)
     assert {"keypoints/AP", "keypoints/APl", "bbox/AP"} <= found
+    again = {"weights": str(tmp_path / "run/model_final.pth"), "eval_only": True}
+    judged = {key: fields[key] for key in ("val_json", "val_images")}
+    assert _run(tmp_path / "eval", config=config, overrides=more, **judged, **again) == found
 
 
 @pytest.fixture
