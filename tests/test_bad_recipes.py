@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from core.config import InputError, load_config, save_config, schema_keys
+from pretrain.plan import plan
 from pretrain.recipe import CTCConfig, StageConfig
-from pretrain.run import PretrainConfig, plan, pretrain
+from pretrain.run import PretrainConfig, pretrain
 from tests.faults import TINY
 
 NEGATIVE, NO_NUMBER = ["-1", ".nan", ".inf", "x", "null"], [".nan", "x"]

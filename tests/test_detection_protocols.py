@@ -115,6 +115,16 @@ def test_every_protocol_is_in_the_table_or_a_quick_variant() -> None:
     assert {p.stem for p in FILES if "shapes" not in p.stem} == set(EXPECTED)
 
 
+def test_every_published_protocol_has_a_quick_variant_on_the_embedded_data() -> None:
+    said = {
+        match[1]
+        for path in FILES
+        if "shapes" in path.stem
+        and (match := re.search(r"Quick variant of (\w+)", path.read_text()))
+    }
+    assert {name for name in EXPECTED if not name.startswith("screen")} <= said
+
+
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_protocol_has_the_values_that_its_name_promises(name: str) -> None:
     schedule, values = EXPECTED[name]
