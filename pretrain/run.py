@@ -168,7 +168,8 @@ def top1(model: ResNet, dataset: IndexedDataset, config: PretrainConfig, device:
     for images, labels, _ in prepared(dataset, config, device):
         with amp.autocast(config.loop.amp, device):
             predicted = model(images).argmax(1)
-        counts += torch.stack([(predicted == labels).sum(), torch.tensor(len(labels))]).to(counts)
+        counts[0] += (predicted == labels).sum()
+        counts[1] += len(labels)
     model.train()
     right, images_seen = dist.all_sum(counts).tolist()
     return 100.0 * right / images_seen
