@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -92,8 +93,25 @@ def test_stretched_epochs_pass_through_the_images_evenly(tiny_npz: Path, batch_s
     counts = torch.bincount(torch.tensor(seen), minlength=9)
     assert len(seen) == 36 * batch_size
     assert counts.max() - counts.min() <= 1
-    assert not torch.equal(stretched[0, 0][0], stretched[0, 9][0])
-    assert stretched[0, 0][2] == stretched[0, 9][2]
+    assert stretched.order(0).tolist() != stretched.order(1).tolist() != list(range(9))
+    places = [stretched.order(n).tolist().index(3) + n * 9 for n in (0, 1)]
+    first, second = (stretched[divmod(place, len(stretched))] for place in places)
+    assert first[2] == second[2] == 3
+    assert not torch.equal(first[0], second[0])
+
+
+def test_every_stretch_of_a_sorted_data_set_shows_all_classes(tmp_path: Path) -> None:
+    content: dict[str, np.ndarray] = {"classes": np.array(list("abcd"))}
+    for split in ("train", "test"):
+        content[f"x_{split}"] = np.zeros((200, 8, 8, 3), np.uint8)
+        content[f"y_{split}"] = np.arange(200) // 50
+    np.savez(tmp_path / "sorted.npz", **content)  # type: ignore[arg-type]
+    data = DataConfig(name="npz", root=str(tmp_path / "sorted.npz"))
+    dataset = open_dataset(data, "train", True, seed=2)
+    stretched = SteppedDataset(dataset, steps=2, batch_size=25)  # a quarter of the images
+    for epoch in range(8):
+        labels = torch.tensor([int(stretched[epoch, i][1]) for i in range(50)])
+        assert labels.bincount(minlength=4).min() >= 3
 
 
 def test_a_recipe_makes_exactly_its_steps(job: Job) -> None:
@@ -190,6 +208,9 @@ def test_a_cut_training_goes_on_to_the_same_weights(
     assert all(torch.equal(first[key], second[key]) for key in first)
     again = finetune(dataclasses.replace(job, resume=True), splits(job), tmp_path / "cut")
     assert again == resumed
+    other = dataclasses.replace(job, resume=True, fingerprint="of other weights")
+    with pytest.raises(InputError, match="finished training of other weights"):
+        finetune(other, splits(job), tmp_path / "cut")
     assert json.loads((tmp_path / "cut" / "final" / "score.json").read_text())["lr"] == 0.02
 
 

@@ -6,6 +6,7 @@ N images, B images of a global batch.
 import dataclasses
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -20,6 +21,7 @@ from core.datasets import (
 )
 from core.errors import InputError
 from core.features import InputSpec
+from core.seeds import shuffled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +110,10 @@ def parts_to_choose_by(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]
 class SteppedDataset(Dataset[Any]):
     """A data set whose epochs have exactly ``steps`` batches of B images, however large it is.
 
-    The stream of images runs through the data set again and again; epoch e is its e-th stretch of
-    steps × B. So a recipe of 5,000 steps is 20 epochs of 250, each saved at its end. Augmentation
-    is a function of (seed, pass through the data set, index), as always.
+    The stream of images runs through the data set again and again, each time in another order;
+    epoch e is its e-th stretch of steps × B. So a recipe of 5,000 steps is 20 epochs of 250, each
+    saved at its end. Augmentation is a function of (seed, pass through the data set, index), as
+    always.
     """
 
     blocks: None = None  # a stretch of the stream, not shards, is what is shuffled
@@ -121,14 +124,26 @@ class SteppedDataset(Dataset[Any]):
         self.dataset, self.batch_size, self.length = dataset, batch_size, steps * batch_size
         self.mean = dataset.mean if inputs is None else inputs.mean
         self.std = dataset.std if inputs is None else inputs.std
+        self.orders: dict[int, np.ndarray] = {}  # of the last two passes
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Any, int]:
         epoch, position = key
-        passes, index = divmod(epoch * self.length + position, len(self.dataset))
-        return self.dataset[passes, index]
+        passes, place = divmod(epoch * self.length + position, len(self.dataset))
+        return self.dataset[passes, int(self.order(passes)[place])]
+
+    def order(self, passes: int) -> np.ndarray:
+        """Return a pass's permutation of 0..N-1.
+
+        Without it a stretch of a data set that is sorted by class would show few of the classes.
+        """
+        if passes not in self.orders:
+            kept = list(self.orders.items())[-1:]  # a stretch may straddle two passes
+            order = shuffled(len(self.dataset), self.dataset.seed, passes)
+            self.orders = {**dict(kept), passes: order}
+        return self.orders[passes]
 
 
 def _check_classes(splits: Splits, partial: bool) -> None:

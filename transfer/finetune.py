@@ -183,9 +183,15 @@ def _train_and_score(
     held_out: bool = False,
 ) -> float | None:
     """Train with one rate and decay and return the score on ``judge``; None if it diverged."""
-    done = folder / "score.json"
+    done, fingerprint = folder / "score.json", f"{job.fingerprint} lr {lr} wd {decay}"
     if job.resume and done.exists():
-        return json.loads(done.read_text())["score"]
+        before = json.loads(done.read_text())
+        if before.get("fingerprint") != fingerprint:
+            raise InputError(
+                f"{folder} holds a finished training of other weights, another seed or recipe: "
+                "give another --output"
+            )
+        return before["score"]
     model = with_new_head(copy.deepcopy(job.backbone.model), len(learn.classes), job.seed)
     dataset, epochs = _stretched(job, learn)
     stage = Stage(
@@ -217,8 +223,8 @@ def _train_and_score(
             seed=job.seed,
             device=job.device,
             workers=job.data.workers,
-            resume_run=job.resume and (folder / resume.FILE).exists(),
-            fingerprint=f"{job.fingerprint} lr {lr} wd {decay}",
+            resume_run=job.resume and resume.is_there(folder),
+            fingerprint=fingerprint,
         )
         if score is None:  # cut between the last step and this
             evaluate(epochs)
@@ -228,7 +234,8 @@ def _train_and_score(
         raise all_unreadable(error, learn) from None
     if dist.is_main():
         with atomic_file(done) as file:
-            file.write(json.dumps({"lr": lr, "weight_decay": decay, "score": score}).encode())
+            found = {"lr": lr, "weight_decay": decay, "score": score, "fingerprint": fingerprint}
+            file.write(json.dumps(found).encode())
         for state in (folder / resume.FILE, folder / resume.PREVIOUS):
             state.unlink(missing_ok=True)  # finished: it would only fill the disk
     dist.barrier()
