@@ -50,7 +50,7 @@ def evaluate(
     """Judge detections in COCO's result format; none at all is an AP of 0, not an error.
 
     Args:
-        truth: the annotations.
+        truth: the annotations; one that does not say ``iscrowd`` is none.
         detections: image_id, category_id (the json's), score, bbox and, for "segm", segmentation.
         iou_type: "bbox", "segm" or "keypoints" (those by pycocotools alone).
         backend: whose implementation; a key of ``BACKENDS``.
@@ -128,7 +128,7 @@ def _judge(truth: COCO, detections: Sequence[dict[str, Any]], iou_type: str, bac
 
 def _pycocotools(truth: COCO, detections: list[dict[str, Any]], iou_type: str) -> Any:
     own = _copy(truth)
-    found = own.loadRes(detections) if detections else _copy(truth, annotations=[])
+    found = own.loadRes(detections) if detections else indexed(own.dataset | {"annotations": []})
     return COCOeval(own, found, iou_type)
 
 
@@ -142,14 +142,19 @@ def _faster(truth: COCO, detections: list[dict[str, Any]], iou_type: str) -> Any
 def _hotcoco(truth: COCO, detections: list[dict[str, Any]], iou_type: str) -> Any:
     import hotcoco
 
-    own = hotcoco.COCO(truth.dataset)
+    own = hotcoco.COCO(_content(truth))
     return hotcoco.COCOeval(own, own.loadRes(detections), iou_type)
 
 
-def _copy(truth: COCO, annotations: list[dict[str, Any]] | None = None) -> COCO:
+def _copy(truth: COCO) -> COCO:
     """Return the truth with annotations of its own: judging masks rewrites them in place."""
-    kept = truth.dataset["annotations"] if annotations is None else annotations
-    return indexed(truth.dataset | {"annotations": [dict(a) for a in kept]})
+    return indexed(_content(truth))
+
+
+def _content(truth: COCO) -> dict[str, Any]:
+    """Return annotations as pycocotools wants them: each says whether it is a crowd."""
+    own = [a | {"iscrowd": int(a.get("iscrowd") or 0)} for a in truth.dataset["annotations"]]
+    return truth.dataset | {"annotations": own}
 
 
 BACKENDS = {"pycocotools": _pycocotools, "faster": _faster, "hotcoco": _hotcoco}

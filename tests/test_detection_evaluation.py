@@ -12,7 +12,7 @@ import pytest
 from core.errors import InputError
 from core.results import read_rows
 from detection import saved
-from detection.coco_backends import MODULES, choose, evaluate, read_truth
+from detection.coco_backends import MODULES, choose, evaluate, indexed, read_truth
 from detection.scores import result_rows
 from tests.coco_cases import random_case
 from tests.detection_tiny import write_pair
@@ -185,6 +185,22 @@ def test_judging_masks_leaves_the_truth_as_it_was(truth_file: Path) -> None:
     before = json.dumps(truth.dataset)
     evaluate(truth, _perfect(truth), "segm")
     assert json.dumps(truth.dataset) == before
+
+
+def _without(truth: Any, key: str) -> Any:
+    annotations = [{k: v for k, v in a.items() if k != key} for a in truth.dataset["annotations"]]
+    return indexed(truth.dataset | {"annotations": annotations})
+
+
+@pytest.mark.parametrize("backend", ["pycocotools", "faster", "hotcoco"])
+@pytest.mark.parametrize("task", ["bbox", "segm"])
+def test_an_annotation_that_does_not_say_iscrowd_is_an_object(
+    truth_file: Path, backend: str, task: str
+) -> None:
+    pytest.importorskip(MODULES[backend])
+    truth = read_truth(truth_file)
+    found = evaluate(_without(truth, "iscrowd"), _perfect(truth), task, backend)
+    assert found.stats["AP"] == pytest.approx(1.0)
 
 
 def test_an_unknown_backend_is_refused_and_auto_is_one_of_them() -> None:
