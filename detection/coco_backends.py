@@ -77,7 +77,10 @@ def evaluate(
 def matches(
     truth: COCO, detections: Sequence[dict[str, Any]], iou_type: str
 ) -> list[dict[str, Any]]:
-    """Return pycocotools' ``evalImgs`` over objects of all sizes, by category and image."""
+    """Return pycocotools' ``evalImgs`` over objects of all sizes, by category and image.
+
+    Annotations have the ids 1, 2, … in them, in their order in the truth; 0 is no match.
+    """
     with contextlib.redirect_stdout(io.StringIO()):
         judge = _judge(truth, detections, iou_type, "pycocotools")
         judge.params.areaRng, judge.params.areaRngLbl = [list(ALL_SIZES)], ["all"]
@@ -152,8 +155,14 @@ def _copy(truth: COCO) -> COCO:
 
 
 def _content(truth: COCO) -> dict[str, Any]:
-    """Return annotations as pycocotools wants them: each says whether it is a crowd."""
-    own = [a | {"iscrowd": int(a.get("iscrowd") or 0)} for a in truth.dataset["annotations"]]
+    """Return annotations as pycocotools wants them: each says whether it is a crowd, ids from 1.
+
+    An id of 0 would read as "matched nothing", and a detection that matched it as a false positive.
+    """
+    own = [
+        annotation | {"id": number, "iscrowd": int(annotation.get("iscrowd") or 0)}
+        for number, annotation in enumerate(truth.dataset["annotations"], 1)
+    ]
     return truth.dataset | {"annotations": own}
 
 

@@ -33,6 +33,17 @@ def test_the_images_as_they_are_have_pycocotools_ap(tmp_path: Path, task: str) -
         assert [found.mean(), found[0], found[5]] == pytest.approx(expected, abs=1e-12)
 
 
+def test_what_matches_the_annotation_of_id_0_is_a_hit(tmp_path: Path) -> None:
+    truth, _ = random_case(tmp_path, 0)
+    objects = [a for a in truth.dataset["annotations"] if not a["iscrowd"]]
+    from_0 = [a | {"id": n} for n, a in enumerate(objects)]
+    keys = ("image_id", "category_id", "bbox")
+    perfect = [{k: a[k] for k in keys} | {"score": 1} for a in objects]
+    once = np.ones((len(truth.imgs), 1), np.int32)
+    found = match(indexed(truth.dataset | {"annotations": from_0}), perfect, "bbox")
+    assert average_precisions(found, once) == pytest.approx(1.0)
+
+
 def test_a_draw_is_pycocotools_ap_of_the_images_repeated(tmp_path: Path) -> None:
     truth, detections = random_case(tmp_path, 4)
     generator = np.random.default_rng(4)

@@ -203,6 +203,17 @@ def test_an_annotation_that_does_not_say_iscrowd_is_an_object(
     assert found.stats["AP"] == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("backend", ["pycocotools", "faster", "hotcoco"])
+def test_an_annotation_may_have_the_id_0(truth_file: Path, backend: str) -> None:
+    pytest.importorskip(MODULES[backend])
+    truth = read_truth(truth_file)
+    from_0 = [a | {"id": a["id"] - 1} for a in truth.dataset["annotations"]]
+    found = evaluate(
+        indexed(truth.dataset | {"annotations": from_0}), _perfect(truth), "bbox", backend
+    )
+    assert found.stats["AP"] == pytest.approx(1.0)
+
+
 def test_an_unknown_backend_is_refused_and_auto_is_one_of_them() -> None:
     with pytest.raises(InputError, match="fast"):
         choose("fast")
