@@ -55,6 +55,9 @@ def evaluate(
         iou_type: "bbox", "segm" or "keypoints" (those by pycocotools alone).
         backend: whose implementation; a key of ``BACKENDS``.
         sigmas: one per keypoint, for the similarity; COCO's 17 where empty.
+
+    Raises:
+        InputError: masks are to be judged, and an annotation (named) has none.
     """
     names = KEYPOINT_STATS if iou_type == "keypoints" else STATS
     with contextlib.redirect_stdout(io.StringIO()):
@@ -122,6 +125,12 @@ def indexed(content: dict[str, Any]) -> COCO:
 def _judge(truth: COCO, detections: Sequence[dict[str, Any]], iou_type: str, backend: str) -> Any:
     """Return an evaluator that has not begun; without any detection it is pycocotools'."""
     if iou_type == "segm":
+        for annotation in truth.dataset["annotations"]:
+            if not annotation.get("segmentation"):
+                raise InputError(
+                    f"annotation {annotation['id']} has no segmentation: these annotations judge "
+                    "boxes, not masks"
+                )
         unused = "bbox"  # with it, the size class would be the box's
     else:  # masks beside boxes only take time; alone they are where boxes come from
         unused = "segmentation" if any("bbox" in d for d in detections[:1]) else ""

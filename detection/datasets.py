@@ -29,7 +29,7 @@ class Split:
     classes: tuple[str, ...]  # in the order of their category ids
     num_images: int
     num_objects: int  # without crowds
-    has_masks: bool
+    has_masks: bool  # of every object; in "val" of every crowd too, for masks are judged by those
     has_rle: bool  # a non-crowd mask is run-length encoded, which needs MASK_FORMAT "bitmask"
     keypoints: tuple[str, ...] = ()  # their names, where objects have some
     kind: str = "coco"  # whose rules judge it: "coco", "lvis", "voc", "cityscapes"
@@ -63,7 +63,9 @@ def open_pair(
         classes=tuple(categories[key] for key in sorted(categories)),
         num_images=len(content["images"]),
         num_objects=len(objects),
-        has_masks=any(a.get("segmentation") for a in objects),
+        has_masks=all(
+            a.get("segmentation") for a in (objects if split == "train" else content["annotations"])
+        ),
         has_rle=any(isinstance(a.get("segmentation"), dict) for a in objects),
         keypoints=tuple(content["categories"][0].get("keypoints", ())),
         kind=kind,

@@ -62,6 +62,24 @@ def test_a_json_that_is_not_coco_is_refused(
     assert str(pair[0]) in str(error.value) or "001.png" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "masks"),
+    [
+        (lambda c: c["annotations"][3].pop("segmentation"), []),
+        (lambda c: c["annotations"][3].update(segmentation=[]), []),
+        (lambda c: c["annotations"][3].update(iscrowd=1, segmentation=[]), ["train"]),
+        (lambda c: [a.pop("iscrowd") for a in c["annotations"]], ["train", "val"]),
+    ],
+)
+def test_data_have_masks_where_every_object_has_one(
+    pair: tuple[Path, Path], change: Any, masks: list[str]
+) -> None:
+    """Crowds have no part in training, but masks of val are judged by theirs."""
+    _edit(pair[0], change)
+    splits = [datasets.open_pair(*pair, split=split) for split in ("train", "val")]
+    assert [split.split for split in splits if split.has_masks] == masks
+
+
 @pytest.mark.parametrize("text", ["", "[1, 2]", "{", '"images"'])
 def test_any_other_file_is_refused(pair: tuple[Path, Path], text: str) -> None:
     pair[0].write_text(text)

@@ -214,6 +214,15 @@ def test_an_annotation_may_have_the_id_0(truth_file: Path, backend: str) -> None
     assert found.stats["AP"] == pytest.approx(1.0)
 
 
+def test_annotations_without_masks_judge_boxes_and_no_masks(truth_file: Path) -> None:
+    truth = read_truth(truth_file)
+    annotations = [a | {"segmentation": []} if a["id"] == 4 else a for a in truth.anns.values()]
+    partly = indexed(truth.dataset | {"annotations": annotations})
+    assert evaluate(partly, _perfect(truth), "bbox").stats["AP"] == pytest.approx(1.0)
+    with pytest.raises(InputError, match="annotation 4 has no segmentation"):
+        evaluate(partly, _perfect(truth), "segm")
+
+
 def test_an_unknown_backend_is_refused_and_auto_is_one_of_them() -> None:
     with pytest.raises(InputError, match="fast"):
         choose("fast")
