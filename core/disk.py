@@ -35,6 +35,8 @@ class Disk:
         return self.needed < self.free
 
     def __str__(self) -> str:
+        if not self.files:
+            return f"next to nothing, {size(self.free)} free"
         kinds = " + ".join(map(str, self.files))
         return f"at most {kinds} = {size(self.needed)}, {size(self.free)} free"
 

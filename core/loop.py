@@ -142,13 +142,14 @@ def train(
                 inputs = normalise(images, dataset.mean, dataset.std)
                 losses = trainer.step(inputs, labels, index, lr, position)
                 watch.push(position.iteration, losses)
+                bar.update(1, epoch=f"{position.epoch + 1}/{total_epochs}", loss=watch.total)
                 if position.iteration % config.log_every == 0 or position.step == steps:
-                    figures = watch.means() | {"images_per_second": bar.rate() * config.batch_size}
+                    figures = watch.means()
+                    figures["images_per_second"] = bar.lap_rate() * config.batch_size
                     progress = position.epoch + position.step / steps
                     log.write(
                         position.iteration, epoch=progress, stage=stage.name, lr=lr, **figures
                     )
-                bar.update(1, epoch=f"{position.epoch + 1}/{total_epochs}", loss=watch.total)
                 due = config.resume_every and position.iteration % config.resume_every == 0
                 if watch.must_stop or (due and position.step < steps):
                     watch.flush()
@@ -166,6 +167,7 @@ def train(
                 said = "  ".join(f"{name} {value:.2f}" for name, value in evaluated.items())
                 bar.say(f"epoch {finished}: {said}")
             trainer.save(position)
+            bar.start_lap()
 
 
 class Trainer:

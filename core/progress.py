@@ -23,6 +23,7 @@ class Progress:
         self.total, self.description = total, description
         self.count, self._first = done, done
         self._started = self._last_line = time.monotonic()
+        self.start_lap()
         self._quiet = quiet
         self._bar = None
         if not quiet and sys.stderr.isatty():
@@ -50,6 +51,16 @@ class Progress:
     def rate(self) -> float:
         """Return units per second of this run; 0 at its start."""
         return (self.count - self._first) / max(time.monotonic() - self._started, 1e-9)
+
+    def start_lap(self) -> None:
+        """Let ``lap_rate`` count from here: what came before, such as an evaluation, is apart."""
+        self._lap = (self.count, time.monotonic())
+
+    def lap_rate(self) -> float:
+        """Return units per second since the lap began, and begin the next."""
+        count, began = self._lap
+        self.start_lap()
+        return (self.count - count) / max(self._lap[1] - began, 1e-9)
 
     def eta(self) -> float:
         """Return the expected seconds to the end, from this run's own speed."""

@@ -17,10 +17,9 @@ from core.errors import InputError
 from core.progress import format_seconds
 from core.results import ROWS_FILE, read_rows
 from pretrain import run
+from pretrain.memory import DTYPES
 from pretrain.recipe import CTCConfig
 from pretrain.run import PretrainConfig
-
-BANK_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a number in a memory bank
 
 
 def plan(config: PretrainConfig, folder: Path, resume_run: bool) -> str:
@@ -46,18 +45,19 @@ def plan(config: PretrainConfig, folder: Path, resume_run: bool) -> str:
 
 def expected_time(config: PretrainConfig, folder: Path) -> str:
     """Return how long an earlier run took to train, or that this is not known."""
+    here = {"world_size": dist.world_size(), "device": dist.pick_device(config.loop.device).type}
     for file in sorted(folder.absolute().parent.glob(f"*/{ROWS_FILE}")):
-        worlds = [r.details.get("world_size") for r in read_rows(file) if r.step == "pretrain"]
-        if not worlds or worlds[-1] != dist.world_size():
-            continue
         try:
-            before = load_config(PretrainConfig, file.parent / run.CONFIG)
-        except InputError:  # of another version
-            continue
-        same = {**to_dict(before), "seed": config.seed}
-        if run.fingerprint_of(same) == run.fingerprint(config):
+            if not any(r.step == "pretrain" and here.items() <= r.details.items()
+                       for r in read_rows(file)):  # fmt: skip
+                continue
+            before = to_dict(load_config(PretrainConfig, file.parent / run.CONFIG))
+            if run.fingerprint_of(before | {"seed": config.seed}) != run.fingerprint(config):
+                continue
             seconds = trained_seconds(file.parent / resume.LOG, config.loop.batch_size)
-            return f"{format_seconds(seconds)}, as {file.parent} took, evaluation not counted"
+        except (InputError, OSError, ValueError, KeyError):  # another version, or damaged
+            continue
+        return f"{format_seconds(seconds)}, as {file.parent} took, evaluation not counted"
     return "not known; the first steps will show it"
 
 
@@ -92,7 +92,7 @@ def disk(config: PretrainConfig, folder: Path, model: nn.Module, images: int, ep
 
 def _stage_bytes(ctc: CTCConfig, images: int, weights: int) -> tuple[int, int]:
     """Return the banks of stage 1, and those of stage 2 with the frozen network."""
-    number = BANK_BYTES[ctc.bank_dtype]
+    number = DTYPES[ctc.bank_dtype].itemsize
     first = images * ctc.dim1 * number if ctc.alpha else 0
     second = 2 * images * ctc.dim2 * number + weights if ctc.beta else 0
     return first, second

@@ -285,6 +285,7 @@ def record(
         details={
             "images": len(held_out),
             "world_size": dist.world_size(),
+            "device": dist.pick_device(config.loop.device).type,
             "batch_size": config.loop.batch_size,
             "amp": amp.resolve(config.loop.amp, dist.pick_device(config.loop.device)),
             "torch": torch.__version__,

@@ -1,6 +1,7 @@
 """A pretraining from its recipe to its run folder, and the published recipes."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from core import checkpoint
 from core.config import CONFIG_DIR, InputError, load_config
 from core.results import read_rows
-from pretrain.plan import disk, plan
+from pretrain.plan import disk, plan, trained_seconds
 from pretrain.run import PretrainConfig, make_ready, pretrain
 from tests.faults import TINY
 
@@ -98,6 +99,20 @@ def test_a_plan_knows_the_disk_and_the_time_of_a_run_like_one_before(
     assert f"as {tmp_path / 'first'} took" in plan(config, folder, False)
     other = _config(tiny_npz, method, "loop.momentum", "0.5")
     assert "# time: not known" in plan(other, folder, False)
+    (tmp_path / "first/log.jsonl").write_text('{"iteration": 3, "images_per')
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/results.jsonl").write_text("no row\n")
+    assert "# time: not known" in plan(config, folder, False)
+
+
+def test_the_time_of_a_run_is_that_of_its_steps(tmp_path: Path) -> None:
+    lines = [(300, 64.0), (400, 16.0), (400, None)]  # images a second since the line before
+    text = "".join(
+        json.dumps({"iteration": n, "images_per_second": rate} if rate else {"iteration": n}) + "\n"
+        for n, rate in lines
+    )
+    (tmp_path / "log.jsonl").write_text(text)
+    assert trained_seconds(tmp_path / "log.jsonl", 64) == 300 + 400
 
 
 def test_every_recipe_loads_and_the_released_ones_have_the_released_values() -> None:

@@ -36,6 +36,18 @@ def test_the_eta_counts_only_this_runs_own_speed(clock: list[float]) -> None:
     assert bar.rate() == pytest.approx(0.5)
 
 
+def test_a_lap_leaves_out_what_is_between_laps(clock: list[float]) -> None:
+    bar = Progress(100, "train")
+    clock[0] = 10.0
+    bar.update(20)
+    assert bar.lap_rate() == pytest.approx(2.0)
+    clock[0] = 50.0  # an evaluation
+    bar.start_lap()
+    clock[0] = 60.0
+    bar.update(40)
+    assert bar.lap_rate() == pytest.approx(4.0)
+
+
 def test_a_quiet_one_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(1, "x", quiet=True) as bar:
         bar.update()

@@ -377,6 +377,6 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     assert f"# linear, knn of ce ({ARCH}) on " in said
     assert "c_values: 5" in said
     assert "# time: not known" in said
-    assert "# disk: at most 1 feature file of " in said
+    assert "# disk: next to nothing, " in said
     with pytest.raises(InputError, match="methods names 'nothing'"):
         run_here(weights, "methods", "[nothing]", options=("--dry-run",))

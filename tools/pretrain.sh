@@ -19,7 +19,10 @@ processes=${NPROC:-$("$python" -c 'import torch; print(max(torch.cuda.device_cou
 if [ "$processes" = 1 ] && [ -z "${TORCHRUN_ARGS:-}" ]; then
     exec "$python" "$tools/run_pretrain.py" "$@"
 fi
-"$python" "$tools/run_pretrain.py" --dry-run "$@" # bad input ends here, said once
+case " $* " in
+*" --dry-run "*) ;;
+*) "$python" "$tools/run_pretrain.py" --dry-run "$@" >/dev/null ;; # bad input ends here, said once
+esac
 # shellcheck disable=SC2086  # TORCHRUN_ARGS is a list of words
 exec "$python" -m torch.distributed.run --nproc-per-node "$processes" \
     ${TORCHRUN_ARGS:---standalone} "$tools/run_pretrain.py" "$@"

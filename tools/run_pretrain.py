@@ -62,12 +62,15 @@ def main() -> int:
 
     config = read_config(arguments)
     output = arguments.output or ROOT / "runs" / f"{config.recipe}-s{config.seed}"
-    if arguments.dry_run:
-        from pretrain.plan import plan
-
-        print(plan(config, output, arguments.resume))
-        return 0
     try:
+        if arguments.dry_run:
+            from pretrain.plan import plan
+
+            dist.init(config.loop.device, config.loop.timeout)
+            said = plan(config, output, arguments.resume)
+            if dist.is_main():
+                print(said)
+            return 0
         path = run.pretrain(config, output, arguments.resume)
         if dist.is_main():
             print(f"{path}\nnext: tools/convert_to_d2.py {path}")

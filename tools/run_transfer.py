@@ -58,7 +58,10 @@ def main() -> int:
     output = Path(arguments.output).expanduser() if arguments.output else default
     try:
         if arguments.dry_run:
-            print(plan(config, weights, output, arguments.resume))
+            dist.init(config.loop.device, config.loop.timeout)
+            said = plan(config, weights, output, arguments.resume)
+            if dist.is_main():
+                print(said)
             return 0
         rows = run(config, weights, output, arguments.resume)
         if dist.is_main():

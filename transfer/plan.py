@@ -4,7 +4,6 @@ The time is that of an earlier one beside it: the same config, another initialis
 """
 
 import dataclasses
-import itertools
 from pathlib import Path
 
 import yaml
@@ -45,23 +44,24 @@ def plan(config: TransferConfig, backbone: Backbone, output: Path, resume: bool 
             f"{config.finetune.steps} steps"
         )  # fmt: skip
         lines.append(f"trainings: {trainings} of {each} of {config.loop.batch_size} images")
-    lines += [f"time: {expected_time(config, output)}", f"disk: {disk(unit)}"]
+    lines += [f"time: {expected_time(config, backbone.model.arch, output)}", f"disk: {disk(unit)}"]
     resolved = yaml.safe_dump(to_dict(config), sort_keys=False)
     return resolved + "\n".join(f"# {line}" for line in lines)
 
 
-def expected_time(config: TransferConfig, output: Path) -> str:
-    """Return how long an earlier transfer of this config took, or that this is not known."""
+def expected_time(config: TransferConfig, arch: str, output: Path) -> str:
+    """Return how long an earlier transfer of this config and network took, if there is one."""
+    alike = {"world_size": dist.world_size(), "arch": arch}
     for file in sorted(output.absolute().parent.glob(f"*/{ROWS_FILE}")):
-        rows = [r for r in read_rows(file) if r.details.get("world_size") == dist.world_size()]
         try:
+            rows = [r for r in read_rows(file) if alike.items() <= r.details.items()]
             before = load_config(TransferConfig, file.parent / "config.yaml")
-        except InputError:  # of another version
+            seconds = {r.details["method"]: r.details["seconds"] for r in rows}  # each one's newest
+        except (InputError, OSError, ValueError, KeyError):  # another version, or damaged
             continue
         if rows and dataclasses.replace(before, seed=config.seed) == config:
-            # every row of a method has the method's seconds, and those of a method come in one go
-            times = [time for time, _ in itertools.groupby(r.details["seconds"] for r in rows)]
-            return f"{format_seconds(sum(times))}, as {file.parent} took (features may be cached)"
+            took = format_seconds(sum(seconds.values()))
+            return f"{took}, as {file.parent} took (features may be cached)"
     return "not known; the progress will show it"
 
 

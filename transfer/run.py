@@ -30,7 +30,7 @@ def run(
         started = time.monotonic()
         outcomes = METHODS[method](unit)
         seconds = round(time.monotonic() - started, 2)
-        rows += [_row(unit, outcome, seconds) for outcome in outcomes]
+        rows += [_row(unit, method, outcome, seconds) for outcome in outcomes]
     if dist.is_main():
         output.mkdir(parents=True, exist_ok=True)
         save_config(config, output / "config.yaml")
@@ -61,7 +61,7 @@ def opened(config: TransferConfig, backbone: Backbone, output: Path, resume: boo
     return unit
 
 
-def _row(unit: Transfer, outcome: Outcome, seconds: float) -> ResultRow:
+def _row(unit: Transfer, method: str, outcome: Outcome, seconds: float) -> ResultRow:
     """Return the result row of an outcome.
 
     What makes numbers incomparable, another resolution or a limit, is said in the protocol's name.
@@ -73,6 +73,7 @@ def _row(unit: Transfer, outcome: Outcome, seconds: float) -> ResultRow:
     if config.data.limit:
         changed += f"_limit{config.data.limit}"
     details = {
+        "method": method,
         "image_size": test.image_size,
         "train_images": len(unit.splits.train) + len(unit.splits.val or ()),
         "test_images": len(test),
