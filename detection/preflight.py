@@ -93,6 +93,9 @@ def _findings(bench: Bench, names: Collection[str]) -> Iterator[Finding]:
             finding = Finding(name, NOT_RUN, f"not run: {reason}", due)
         except (Failed, InputError, NotFiniteError, RuntimeError, OSError) as error:
             finding = Finding(name, FAILED, " ".join(str(error).split()))
+        except Exception as error:  # what would have ended the run ends one check
+            fact = " ".join(f"{type(error).__name__}: {error}".split())
+            finding = Finding(name, FAILED, fact)
         yield finding
 
 

@@ -116,6 +116,18 @@ def test_losses_that_are_not_finite_fail_and_memory_is_not_judged(
     assert found["memory"] == (NOT_RUN, "not run: iterations has not passed")
 
 
+def test_an_unforeseen_error_fails_its_check_and_the_others_are_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise KeyError("segmentation")
+
+    monkeypatch.setattr(checks, "evaluate_model", broken)
+    found = _found(request(data, tmp_path / "run"), "evaluate,resume")
+    assert found["evaluate"] == (FAILED, "KeyError: 'segmentation'")
+    assert found["resume"][0] == PASSED
+
+
 def test_a_detector_that_cannot_learn_is_not_overfitted(
     data: Path, weights: Path, tmp_path: Path
 ) -> None:
