@@ -26,7 +26,7 @@ STEPS = ("pretrain", "detection", "transfer", "analysis")
 
 @dataclasses.dataclass(frozen=True)
 class ResultRow:
-    """One number. Rows that differ in protocol, dataset, split or selection never share a mean."""
+    """One number. Rows that differ in protocol, dataset, split, data or selection share no mean."""
 
     step: str  # one of STEPS
     protocol: str  # the named recipe that was evaluated, e.g. "mask_rcnn_R50_FPN_1x"
@@ -42,6 +42,7 @@ class ResultRow:
     weights: str = ""  # sha256 of the weights file that was read
     weights_path: str = ""
     config: str = ""  # sha256 of the resolved config
+    data: str = ""  # detection: sha256 of what it learned from / was judged on, 12 digits each
     code: str = ""  # git commit, "+dirty" when the work tree differed from it
     run: str = ""  # run folder
     time: str = ""  # UTC, ISO 8601
@@ -131,7 +132,7 @@ def latest(rows: Iterable[ResultRow]) -> list[ResultRow]:
     for row in rows:
         key = (
             row.step, row.protocol, row.dataset, row.split, row.metric,
-            row.init, row.seed, row.epoch, row.selection, row.weights,
+            row.init, row.seed, row.epoch, row.selection, row.weights, row.data,
         )  # fmt: skip
         newest.pop(key, None)
         newest[key] = row

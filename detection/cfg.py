@@ -20,8 +20,9 @@ from core.errors import InputError
 from core.results import config_hash
 from detection import heads as heads  # registers the head that the C4 protocols name
 
-# Keys that do not make another protocol: where, on what and from which weights it runs. The input
-# convention (mean, std, order, stride) belongs to the weights and is checked against them.
+# Keys that do not make another protocol: where, on what and from which weights it runs; rows name
+# data and weights by their sha256. The input convention (mean, std, order, stride) belongs to the
+# weights and is checked against them.
 NEUTRAL = (
     "OUTPUT_DIR",
     "SEED",

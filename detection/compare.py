@@ -55,7 +55,8 @@ class Trial:
     def place(self) -> tuple[Any, ...]:
         """Return what two trials must share to be compared."""
         row = self.row
-        return row.protocol, row.dataset, row.split, row.selection, row.config, self.annotations
+        measured = row.protocol, row.dataset, row.split, row.selection, row.config, row.data
+        return *measured, self.annotations
 
 
 def compare_runs(request: Request) -> list[ResultRow]:
@@ -194,7 +195,7 @@ def _row(
         step="detection", protocol=like.protocol, dataset=like.dataset, split=like.split,
         metric=f"{metric} minus {request.baseline}", value=found.delta, unit="%", init=like.init,
         seed=request.seed, epoch=like.epoch, selection=like.selection, config=like.config,
-        details=details,
+        data=like.data, details=details,
     )  # fmt: skip
 
 

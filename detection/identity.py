@@ -1,15 +1,19 @@
 """What a detection run is: what tells its rows apart, and what an earlier start has recorded."""
 
+import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
 
 from core.errors import InputError
+from core.results import sha256_of
 from detection import cfg as configs
 from detection import weights as weight_files
 from detection.datasets import Split
+from detection.foreign import OWN_FORMATS
 from detection.weights import Weights
 
 RUN_FILE = "run.json"
@@ -20,12 +24,14 @@ def identity_of(
     cfg: CfgNode,
     weights: Weights | None,
     val: Split,
+    data: str,
     earlier: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Return the fields by which result rows are told apart.
 
     Args:
         init: name of the initialisation as the user gives it; "": as the weights call themselves.
+        data: see ``data_of``.
         earlier: what a run that is resumed has recorded; its fields stay.
     """
     if earlier is not None:
@@ -41,15 +47,38 @@ def identity_of(
         "weights": weights.sha256 if weights else "",
         "weights_path": str(weights.path) if weights else "",
         "config": configs.hash_of(cfg),
+        "data": data,
     }
     if own:  # a detector of ours: what was trained is what it says, whatever config judges it
         judged = {k: v for k, v in configs.changed_keys(cfg, own["config"]).items() if _at_test(k)}
         trained = {k: own[k] for k in ("init", "seed", "epoch", "weights", "weights_path")}
         identity |= trained | {"protocol": own["protocol"]}
+        identity["data"] = own.get("data", "").partition("/")[0] + data
         if judged:
             cfg.SUITE.PROTOCOL = own["protocol"]
             identity["protocol"] = configs.protocol_name(cfg, judged)
     return identity
+
+
+def data_of(train: Sequence[Split], val: Split) -> str:
+    """Return which annotations are learned from and judged on, whatever they are called.
+
+    Returns:
+        ``TRAIN/VAL``, 12 hex digits of a sha256 each; no TRAIN where nothing is trained.
+    """
+    learned = _digest("".join(map(_content, train))) if train else ""
+    return f"{learned}/{_digest(_content(val))}"
+
+
+def _content(split: Split) -> str:
+    """Return a sha256 of the json; of VOC and Cityscapes, which have none, the name and counts."""
+    if split.kind not in OWN_FORMATS:
+        return sha256_of(split.json)
+    return repr((split.catalog_name, split.num_images, split.num_objects))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _init_name(weights: Weights | None) -> str:
@@ -66,6 +95,7 @@ def _at_test(key: str) -> bool:
 def facts_of(cfg: CfgNode, identity: dict[str, Any], val: Split) -> dict[str, Any]:
     """Return what the checkpoints of a run say of themselves."""
     own = {k: identity[k] for k in ("protocol", "init", "seed", "epoch", "weights", "weights_path")}
+    own["data"] = identity.get("data", "")  # unknown in a run that was begun without it
     return {
         **weight_files.config_convention(cfg),
         "classes": list(val.classes),

@@ -24,7 +24,7 @@ from detection.checkpointer import Checkpointer
 from detection.coco_backends import choose
 from detection.compat import versions
 from detection.datasets import Split, check_same_classes, open_pair
-from detection.identity import facts_of, identity_of, read_run
+from detection.identity import data_of, facts_of, identity_of, read_run
 from detection.logs import check_wandb
 from detection.trainer import check_batch, check_numbers
 from detection.weights import Weights
@@ -107,7 +107,7 @@ def prepare(request: Request, scratch: Path, judge_weights: bool = True) -> Job:
     weights = _read_weights(request, cfg, val, scratch, earlier, notes)
     if weights and judge_weights:
         notes.append(_judge_weights(weights, cfg, request.assume_convention))
-    identity = identity_of(request.init, cfg, weights, val, earlier)
+    identity = identity_of(request.init, cfg, weights, val, data_of(train, val), earlier)
     if not cfg.OUTPUT_DIR:
         stem = f"{identity['protocol']}-{identity['init']}-seed{identity['seed']}"
         tail = "-eval" if request.eval_only else ""

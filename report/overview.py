@@ -44,7 +44,8 @@ class _Column:
             short = {"bbox/AP": "AP^bbox", "segm/AP": "AP^mask"}.get(self.metric, self.metric)
             plain = {"bbox/AP": "box AP", "segm/AP": "mask AP"}.get(self.metric, self.metric)
             long = [plain, table.dataset, table.protocol, table.split, table.selection]
-            return [short, *(" ".join(long[:n]) for n in range(2, 6))]
+            long += [f"data {table.data}"] if table.data else []
+            return [short, *(" ".join(long[:n]) for n in range(2, len(long) + 1))]
         if table.step == "pretrain":
             what = "source"
         else:

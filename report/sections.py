@@ -51,7 +51,7 @@ def provenance(runs: Sequence[Run], labels: dict[str, str]) -> list[dict[str, An
         for row in latest(run.rows):
             key: tuple[Any, ...] = (run.path, row.protocol, row.dataset, row.code)
             if not is_timeline(row):
-                key += (row.split, row.weights, row.config)
+                key += (row.split, row.weights, row.config, row.data)
             found = entries.setdefault(key, {"count": 0})
             if is_timeline(row) or not found["count"]:
                 found |= {

@@ -1,7 +1,7 @@
 """Tables from result rows: mean ± std over seeds, Δ to a baseline, published numbers beside them.
 
-Only rows of equal step, protocol, dataset, split and selection share a table; only rows of equal
-initialisation, pretraining epoch, recipe and code share a mean. Nothing here reads a file.
+Only rows of equal step, protocol, dataset, split, selection and annotations share a table; only
+rows of equal initialisation, pretraining epoch, recipe and code share a mean. No file is read here.
 """
 
 import dataclasses
@@ -93,6 +93,7 @@ class Table:
     footnotes: tuple[str, ...]
     notes: tuple[str, ...]
     baseline: str
+    data: str = ""  # its annotations, where another table differs in nothing else
     name: str = ""  # of an overview, which joins tables of several protocols
 
     @property
@@ -101,7 +102,8 @@ class Table:
         if self.name:
             return self.name
         what = self.protocol or "source task after pretraining"
-        return f"{what} on {self.dataset} ({self.split})"
+        more = f", data {self.data}" if self.data else ""
+        return f"{what} on {self.dataset} ({self.split}){more}"
 
     @property
     def delta_columns(self) -> tuple[str, ...]:
@@ -137,7 +139,7 @@ class _Footnotes:
 def build_tables(
     rows: Iterable[ResultRow], options: Options | None = None, reference: Reference | None = None
 ) -> list[Table]:
-    """Return one table per (step, protocol, dataset, split, selection); detection comes first.
+    """Return one table per step, protocol, dataset, split, selection and data; detection first.
 
     Pretraining rows of one data set share a table, for there the recipes are what is compared: each
     has its line, and says in a footnote which it is.
@@ -152,10 +154,15 @@ def build_tables(
     groups: dict[tuple[str, ...], list[ResultRow]] = {}
     for row in latest(rows):
         protocol = row.protocol if row.step != "pretrain" else ""  # there it is what is compared
-        key = (row.step, protocol, row.dataset, row.split, row.selection)
+        key = (row.step, protocol, row.dataset, row.split, row.selection, row.data)
         groups.setdefault(key, []).append(row)
     ranked = sorted(groups, key=lambda key: STEP_ORDER.index(key[0]))
-    return [_table(groups[key], options, reference) for key in ranked]
+    places = [place for *place, _ in groups]
+    tables = []
+    for *place, data in ranked:
+        named = (data or "unknown") if places.count(place) > 1 else ""
+        tables.append(_table(groups[*place, data], options, reference, named))
+    return tables
 
 
 def heading(metric: str, columns: Sequence[str] = ()) -> str:
@@ -174,7 +181,7 @@ def recipe_of(row: ResultRow) -> str:
     A detection row's ``config`` hashes what makes its protocol; that of other steps also holds the
     seed and folders, and says nothing about two trials being of one recipe.
     """
-    return row.config if row.step == "detection" else ""
+    return f"{row.config} {row.data}".strip() if row.step == "detection" else ""
 
 
 def overrides_of(row: ResultRow) -> str:
@@ -185,12 +192,16 @@ def overrides_of(row: ResultRow) -> str:
     return ", ".join(f"{key} {value}" for key, value in overrides.items())
 
 
-def _table(rows: list[ResultRow], options: Options, reference: Reference) -> Table:
+def _table(rows: list[ResultRow], options: Options, reference: Reference, data: str = "") -> Table:
     first = rows[0]
     columns = options.columns or _default_columns(rows)
     footnotes = _Footnotes()
     lines = _sorted(_lines(rows, columns, options, footnotes), options.order)
     lines = [_with_delta(line, lines, columns, options.baseline, footnotes) for line in lines]
+    if data:
+        said = f"Annotations {data} (train/val, sha256); others of this name: in another table."
+        mark = footnotes.mark(said)
+        lines = [dataclasses.replace(line, marks=(*line.marks, mark)) for line in lines]
     if first.step != "pretrain":  # given weights have no pretraining to be missing
         lines = _note_trials(lines, options, footnotes)
     published, why_not = _published(first, columns, options, reference, footnotes)
@@ -220,6 +231,7 @@ def _table(rows: list[ResultRow], options: Options, reference: Reference) -> Tab
         footnotes=tuple(footnotes.sentences),
         notes=tuple(notes),
         baseline=options.baseline,
+        data=data,
     )
 
 

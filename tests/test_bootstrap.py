@@ -1,6 +1,7 @@
 """The paired bootstrap: COCO's own numbers where they can be had, and intervals that cover."""
 
 import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from core.errors import InputError
-from core.results import read_rows
+from core.results import append_rows, read_rows
 from detection.bootstrap import ClassMatches, average_precisions, compare, draws, match
 from detection.coco_backends import evaluate, indexed
 from detection.compare import Request, compare_files, compare_runs, find_trials
@@ -189,3 +190,15 @@ def test_runs_are_paired_by_seed_and_make_rows(tmp_path: Path) -> None:
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_runs_that_learned_from_other_annotations_are_not_compared(tmp_path: Path) -> None:
+    _, detections = random_case(tmp_path, 2)
+    for init in ("ce", "ctc"):
+        write_run(tmp_path / f"runs/{init}-s1", tmp_path / "random2.json", detections, init, 1)
+    file = tmp_path / "runs/ctc-s1/results.jsonl"
+    (row,) = read_rows(file)
+    file.unlink()
+    append_rows(file, [dataclasses.replace(row, data="few/val")])
+    with pytest.raises(InputError, match="nothing to compare"):
+        compare_runs(Request([str(tmp_path / "runs")], resamples=100))

@@ -1,6 +1,7 @@
 """Batch and number of processes: the scaling rule is applied, said and recorded in the name."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,21 @@ def test_a_scaled_config_reads_back_as_what_was_run(data: Path, tmp_path: Path) 
     for key in ("protocol", "config"):
         assert again.identity[key] == scaled.identity[key]
     assert again.details["max_iter"] == scaled.details["max_iter"]
+
+
+def test_other_annotations_are_other_data_whatever_their_name(data: Path, tmp_path: Path) -> None:
+    content = json.loads((data / "instances.json").read_text())
+    fewer = data / "instances_few.json"
+    fewer.write_text(json.dumps(content | {"annotations": content["annotations"][:8]}))
+    plain = _prepared(data, tmp_path, 8).identity
+    (copy := data / "copy.json").write_bytes((data / "instances.json").read_bytes())
+    assert _prepared(data, tmp_path, 8, train_json=str(copy)).identity == plain
+    found = {plain["data"]}
+    for split in ("train_json", "val_json"):
+        other = _prepared(data, tmp_path, 8, **{split: str(fewer)}).identity
+        assert {**other, "data": plain["data"]} == plain
+        found.add(other["data"])
+    assert len(found) == 3
 
 
 @pytest.mark.parametrize("name", ["mask_rcnn_R50_FPN_1x", "mask_rcnn_R50_C4_1x"])

@@ -94,6 +94,8 @@ def test_the_rows_say_all_that_a_table_needs(finished: Path, weights: Path) -> N
     assert row.weights_path == str(weights)
     assert len(row.weights) == 64
     assert len(row.config) == 64
+    train, val = row.data.split("/")
+    assert (len(train), len(val)) == (12, 12)
 
 
 def test_detectron2s_usual_files_are_there(finished: Path) -> None:
@@ -188,8 +190,8 @@ def test_a_trained_detector_is_judged_alone_under_its_own_name(
     assert run(request(data, output, weights=detector, eval_only=True)) == 0
     trained, judged = (read_rows(f / "results.jsonl") for f in (finished, output))
     assert [(r.metric, r.value) for r in judged] == [(r.metric, r.value) for r in trained]
-    assert {(r.protocol, r.init, r.seed, r.weights) for r in judged} == {
-        (r.protocol, r.init, r.seed, r.weights) for r in trained
+    assert {(r.protocol, r.init, r.seed, r.weights, r.data) for r in judged} == {
+        (r.protocol, r.init, r.seed, r.weights, r.data) for r in trained
     }
 
 

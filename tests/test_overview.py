@@ -84,6 +84,10 @@ def test_columns_that_would_read_alike_are_told_apart():
     assert table.columns == (
         "box AP coco mask_rcnn", "box AP coco other", "cub200 linear_64px", "cub200 linear",
     )  # fmt: skip
+    rows = [box(30.0, data="a/v"), box(31.0, data="b/v"), row(1.0)]
+    (table,) = joined(rows)
+    assert table.columns[0] == "box AP coco mask_rcnn val last data a/v"
+    assert [cell.mean for cell in table.lines[0].cells.values()] == [30.0, 31.0, 1.0]
     rows = [row(1.0), row(2.0, split="val"), row(3.0, split="val", selection="best on val")]
     (table,) = joined(rows)
     assert len(set(table.columns)) == 3

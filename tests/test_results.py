@@ -63,7 +63,8 @@ def test_a_value_that_is_not_finite_is_no_result(value: float) -> None:
 
 def test_the_newest_of_one_measurement_stands_and_others_are_kept() -> None:
     rows = [_row(1.0), _row(2.0, seed=2), _row(3.0), _row(4.0, weights="b"), _row(5.0, epoch=3)]
-    assert [row.value for row in latest(rows)] == [2.0, 3.0, 4.0, 5.0]
+    rows += [_row(6.0, data="a/b"), _row(7.0, data="c/b")]
+    assert [row.value for row in latest(rows)] == [2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
 
 
 def test_a_config_hash_does_not_depend_on_the_order_of_keys() -> None:

@@ -49,6 +49,19 @@ def test_rows_of_another_protocol_data_split_or_selection_stand_in_another_table
     assert [t.lines[0].cells["bbox/AP"].mean for t in tables] == [10.0, 20.0]
 
 
+def test_other_annotations_of_one_name_have_a_table_that_says_which():
+    rows = [row(10.0), row(20.0, data="a/v"), row(22.0, data="a/v", seed=2), row(30.0, data="b/v")]
+    rows += [row(21.5, data="a/v", init="ctc")]
+    tables = build_tables(rows)
+    assert [t.lines[0].cells["bbox/AP"].mean for t in tables] == [10.0, 21.0, 30.0]
+    titles = [f"quick on shapes (val), data {data}" for data in ("unknown", "a/v", "b/v")]
+    assert [table.title for table in tables] == titles
+    assert "Annotations b/v" in tables[2].footnotes[0]
+    assert tables[1].lines[1].cells["bbox/AP"].delta == 0.5  # against the baseline on equal data
+    (alone,) = build_tables([row(10.0, data="a/v"), row(12.0, data="a/v", seed=2)])
+    assert (alone.title, alone.footnotes) == ("quick on shapes (val)", ())
+
+
 @pytest.mark.parametrize("change", [{"code": "b" * 40}, {"epoch": 7}, {"config": "c"}])
 def test_rows_of_other_code_epoch_or_config_are_not_averaged(change):
     lines = one([row(10.0), row(20.0, seed=2, weights="v", **change)]).lines
