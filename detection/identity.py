@@ -103,11 +103,11 @@ def facts_of(cfg: CfgNode, identity: dict[str, Any], val: Split) -> dict[str, An
     }
 
 
-def read_run(cfg: CfgNode) -> dict[str, Any]:
+def read_run(cfg: CfgNode, data: str) -> dict[str, Any]:
     """Return what an earlier start of the run in OUTPUT_DIR recorded, which is to be resumed.
 
     Raises:
-        InputError: there is none, or it has another protocol, seed or weights.
+        InputError: there is none, or it has another protocol, seed or annotations.
     """
     if not cfg.OUTPUT_DIR:
         raise InputError("--resume needs --output (or OUTPUT_DIR): the folder of the run")
@@ -126,4 +126,23 @@ def read_run(cfg: CfgNode) -> dict[str, Any]:
             f"--resume: the run in {cfg.OUTPUT_DIR} was started with another {key}; resume it with "
             "its own config, or start anew in another folder"
         )
+    began = earlier["identity"].get("data") or data  # unknown in a run that was begun without it
+    for split, old, new in zip(("train", "val"), began.split("/"), data.split("/"), strict=True):
+        if old != new:
+            raise InputError(
+                f"--resume: the {split} annotations are not those that the run in {cfg.OUTPUT_DIR} "
+                f"was started with (sha256 {new}…, not {old}…): give those, or start anew in "
+                "another folder"
+            )
     return earlier
+
+
+def check_same_weights(earlier: dict[str, Any], given: Weights) -> None:
+    """Raise InputError unless the weights are those that a run to be resumed was started from."""
+    old = earlier["identity"]
+    if given.sha256 != old["weights"]:
+        raise InputError(
+            f"--resume: the run was started from {old['weights_path'] or 'random initialisation'}, "
+            f"not from {given.path} (another sha256): leave --weights out, or start anew in "
+            "another folder"
+        )

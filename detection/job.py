@@ -24,7 +24,7 @@ from detection.checkpointer import Checkpointer
 from detection.coco_backends import choose
 from detection.compat import versions
 from detection.datasets import Split, check_same_classes, open_pair
-from detection.identity import data_of, facts_of, identity_of, read_run
+from detection.identity import check_same_weights, data_of, facts_of, identity_of, read_run
 from detection.logs import check_wandb
 from detection.trainer import check_batch, check_numbers
 from detection.weights import Weights
@@ -103,11 +103,12 @@ def prepare(request: Request, scratch: Path, judge_weights: bool = True) -> Job:
     train, val = _open_data(cfg, request, scratch)
     _fit_to_data(cfg, train, val, notes)
     resumed = request.resume and not request.eval_only
-    earlier = read_run(cfg) if resumed else None
+    data = data_of(train, val)
+    earlier = read_run(cfg, data) if resumed else None
     weights = _read_weights(request, cfg, val, scratch, earlier, notes)
     if weights and judge_weights:
         notes.append(_judge_weights(weights, cfg, request.assume_convention))
-    identity = identity_of(request.init, cfg, weights, val, data_of(train, val), earlier)
+    identity = identity_of(request.init, cfg, weights, val, data, earlier)
     if not cfg.OUTPUT_DIR:
         stem = f"{identity['protocol']}-{identity['init']}-seed{identity['seed']}"
         tail = "-eval" if request.eval_only else ""
@@ -318,6 +319,8 @@ def _read_weights(
             if found.whole
             else f"{path} is a backbone without heads; --eval-only needs a trained detector"
         )
+    if earlier is not None and cfg.MODEL.WEIGHTS:
+        check_same_weights(earlier, found)
     classes = found.facts.get("classes")
     if classes is not None and list(classes) != list(val.classes):
         raise InputError(f"{path} detects other classes than {val.json} has")

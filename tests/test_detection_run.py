@@ -1,7 +1,9 @@
 """Whole runs of a tiny detector: refusals, exact resume, result rows, judging alone."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -247,6 +249,22 @@ def test_what_cannot_go_well_is_refused_before_anything_is_written(
     _refused(request(data, finished, seed=8, resume=True), "SEED")
     longer = ["SOLVER.MAX_ITER", "9"]
     _refused(request(data, finished, seed=7, resume=True, overrides=longer), "SOLVER.MAX_ITER")
+
+
+def test_a_run_is_resumed_with_its_own_weights_and_data_only(
+    data: Path, weights: Path, finished: Path, tmp_path: Path
+) -> None:
+    other = write_backbone(tmp_path / "ctc_d2.pth", method="ctc")
+    _refused(request(data, finished, seed=7, resume=True, weights=str(other)), "ce_d2", "ctc_d2")
+    renamed = shutil.copy(weights, tmp_path / "renamed.pth")
+    assert run(request(data, finished, seed=7, resume=True, weights=str(renamed))) == 0
+    content = json.loads((data / "instances.json").read_text())
+    fewer = tmp_path / "few.json"
+    fewer.write_text(json.dumps(content | {"annotations": content["annotations"][:8]}))
+    for split in ("train", "val"):
+        asked = request(data, finished, seed=7, resume=True)
+        asked = dataclasses.replace(asked, **{f"{split}_json": str(fewer)})
+        _refused(asked, "--resume", f"{split} annotations")
 
 
 def test_weights_that_disagree_with_the_config_are_refused(data: Path, tmp_path: Path) -> None:
