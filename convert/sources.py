@@ -98,22 +98,42 @@ def _not_ours(content: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
 RGB_AUTHORS = ("torchvision", "MOCO", "CLS", "Yonglong", "OpenSelfSup")
 
 
-def _pixel_std(state: Mapping[str, Any]) -> float | None:
-    """The first of ``pixel_std``, which detectron2 saved in detectors until 2021; None without."""
-    value = state.get("pixel_std")
-    return None if value is None else float(value.reshape(-1)[0])
+def _pixel(name: str, state: Mapping[str, Any]) -> list[float] | None:
+    """``pixel_mean`` or ``pixel_std``, which detectron2 saved in detectors until 2021."""
+    value = state.get(name)
+    return None if value is None else [float(number) for number in value.reshape(-1)]
+
+
+def _order(state: Mapping[str, Any]) -> str | None:
+    """The channel order of ``pixel_mean``, for ImageNet's red is brightest; "" of grey, or None."""
+    mean = _pixel("pixel_mean", state)
+    if mean is None or mean[0] == mean[-1]:
+        return None if mean is None else ""
+    return "RGB" if mean[0] > mean[-1] else "BGR"
+
+
+def _unit_std(state: Mapping[str, Any]) -> bool | None:
+    """Whether ``pixel_std`` is 1, as MSRA's is; None without it."""
+    std = _pixel("pixel_std", state)
+    return None if std is None else std[0] == 1.0
 
 
 def _detectron2_rgb(content: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
-    if not _not_ours(content, state) or content.get("__author__") == "Caffe2":
+    author = content.get("__author__")
+    if not _not_ours(content, state) or author == "Caffe2" or _order(state) not in (None, "RGB"):
         return False
-    return content.get("__author__") in RGB_AUTHORS or _pixel_std(state) != 1.0
+    return author in RGB_AUTHORS or not _unit_std(state)
 
 
 def _detectron2_msra(content: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
-    if not _not_ours(content, state) or content.get("__author__") in RGB_AUTHORS:
+    author = content.get("__author__")
+    if not _not_ours(content, state) or author in RGB_AUTHORS or _order(state) == "RGB":
         return False
-    return content.get("__author__") == "Caffe2" or _pixel_std(state) in (None, 1.0)
+    return author == "Caffe2" or _unit_std(state) is not False
+
+
+def _detectron2_fair(content: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
+    return _not_ours(content, state) and _order(state) == "BGR" and _unit_std(state) is False
 
 
 def _groups(state: Mapping[str, Any]) -> tuple[int, int]:
@@ -156,7 +176,7 @@ _DETECTOR = (
 
 
 def _detectron2(name: str, about: str, detect: Detect, convention: Convention) -> Source:
-    """One of the two conventions in which detectron2's names come."""
+    """One of the three conventions in which detectron2's names come."""
     return Source(
         name,
         about,
@@ -341,6 +361,12 @@ SOURCES: tuple[Source, ...] = (
         "detectron2 names, torchvision's convention: RGB, ImageNet std, stride in the 3×3",
         _detectron2_rgb,
         TORCHVISION,
+    ),
+    _detectron2(
+        "detectron2-fair",
+        "detectron2 names, FAIR's convention (its zoo's X-101): BGR, ImageNet std, stride in 3×3",
+        _detectron2_fair,
+        FAIR,
     ),
     _detectron2(
         "detectron2-msra",

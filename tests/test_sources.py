@@ -289,6 +289,15 @@ def detector(net: nn.Module, twin: nn.Module) -> Content:
     return {"model": tensors}
 
 
+def bgr_detector(net: nn.Module, twin: nn.Module) -> Content:
+    """The zoo's X-101 detectors: BGR like MSRA's, but with ImageNet's std."""
+    content = detector(net, twin)
+    mean, std = [103.53, 116.28, 123.675], [57.375, 57.12, 58.395]
+    statistics = {"pixel_mean": mean, "pixel_std": std}
+    content["model"] |= {k: torch.tensor(v).view(3, 1, 1) for k, v in statistics.items()}
+    return content
+
+
 def c4_detector(net: nn.Module, twin: nn.Module) -> Content:
     """A C4 detector has the last stage in its RoI heads, with a norm behind it."""
     tensors = {}
@@ -347,6 +356,7 @@ LAYOUTS: list[tuple[str, Callable[[nn.Module, nn.Module], Content]]] = [
     ("detectron2", detectron2),
     ("detectron2", c4_detector),
     ("detectron2-msra", detector),
+    ("detectron2-fair", bgr_detector),
 ]
 ON_REQUEST = {source.name for source in sources.SOURCES if source.on_request}
 UNTESTED_HERE = {"caffe2-fair"}  # a ResNeXt: its own test below
@@ -430,6 +440,31 @@ def test_detectron2_names_alone_do_not_tell_the_convention() -> None:
         recognise(content)
     assert recognise(content, "detectron2").source.convention == sources.TORCHVISION
     assert recognise(content, "detectron2-msra").source.convention == sources.MSRA
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "convention"),
+    [
+        ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375], sources.TORCHVISION),
+        ([103.53, 116.28, 123.675], [57.375, 57.12, 58.395], sources.FAIR),
+        ([103.53, 116.28, 123.675], [1.0, 1.0, 1.0], sources.MSRA),
+        ([123.675, 116.28, 103.53], [1.0, 1.0, 1.0], None),
+        ([127.5, 127.5, 127.5], [58.395, 57.12, 57.375], None),
+    ],
+)
+def test_a_detectors_pixel_statistics_tell_its_convention(
+    mean: list[float], std: list[float], convention: Any
+) -> None:
+    content = detector(resnet(1), resnet(2))
+    content["model"] |= {"pixel_mean": torch.tensor(mean).view(3, 1, 1)}
+    content["model"] |= {"pixel_std": torch.tensor(std).view(3, 1, 1)}
+    if convention is None:  # none of ours
+        with pytest.raises(ValueError, match="no known format"):
+            recognise(content)
+        return
+    found = recognise(content)
+    assert found.source.convention == convention
+    assert (list(convention.pixel_mean), list(convention.pixel_std)) == (mean, std)
 
 
 def test_one_format_that_fits_two_places_is_refused() -> None:
