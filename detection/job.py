@@ -340,7 +340,8 @@ def _mode(request: Request, folder: Path, earlier: dict[str, Any] | None) -> str
         return "evaluate"
     if earlier is not None:
         return "resume"
-    if folder.exists() and any(folder.iterdir()) and os.access(folder, os.R_OK):
+    first = request.machine_rank == 0  # the others may find what it has begun to write
+    if first and folder.exists() and any(folder.iterdir()) and os.access(folder, os.R_OK):
         raise InputError(
             f"{folder} is not empty: --resume goes on with the run in it, another --output starts "
             "a new one"

@@ -51,11 +51,12 @@ def logging_to(folder: Path, spoken: bool = True) -> Iterator[None]:
     """Log to ``folder/log.txt`` (``log.txt.rank1`` … for others) and, rank 0, to stdout.
 
     Args:
-        folder: of the run.
+        folder: of the run; made where it is not, as on a machine that shares no disk with rank 0.
         spoken: False keeps everything in the file.
     """
     rank = comm.get_rank()
     name = "log.txt" if rank == 0 else f"log.txt.rank{rank}"
+    folder.mkdir(parents=True, exist_ok=True)
     plain = logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s", "%m/%d %H:%M:%S")
     handlers: list[logging.Handler] = [logging.FileHandler(folder / name, encoding="utf-8")]
     handlers[0].setFormatter(plain)

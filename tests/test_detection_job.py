@@ -76,6 +76,17 @@ def test_other_annotations_are_other_data_whatever_their_name(data: Path, tmp_pa
     assert len(found) == 3
 
 
+def test_a_machine_that_is_slower_than_the_first_may_find_the_folder_begun(
+    data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    two = {"num_machines": 2, "dist_url": "tcp://first:29500"}
+    assert _prepared(data, tmp_path, 8, machine_rank=1, **two).mode == "train"
+    with pytest.raises(InputError, match="not empty"):
+        _prepared(data, tmp_path, 8, machine_rank=0, **two)
+
+
 @pytest.mark.parametrize("name", ["mask_rcnn_R50_FPN_1x", "mask_rcnn_R50_C4_1x"])
 def test_one_gpu_with_a_small_batch_is_another_protocol_and_says_so(
     data: Path, tmp_path: Path, name: str

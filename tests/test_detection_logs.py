@@ -1,5 +1,6 @@
-"""Metrics that also go to Weights & Biases, if its package is there."""
+"""A run's log, and metrics that also go to Weights & Biases, if its package is there."""
 
+import logging
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import pytest
 from detectron2.utils.events import EventStorage
 
 from core.errors import InputError
-from detection.logs import WandbWriter, check_wandb
+from detection.logs import WandbWriter, check_wandb, logging_to
 from detection.run import run
 from tests.detection_tiny import request, write_pair
 
@@ -39,6 +40,12 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> _Wandb:
     stand_in.__spec__ = SimpleNamespace(name="wandb")
     monkeypatch.setitem(sys.modules, "wandb", stand_in)  # type: ignore[arg-type]
     return stand_in
+
+
+def test_the_log_makes_its_folder_where_no_other_machine_has(tmp_path: Path) -> None:
+    with logging_to(tmp_path / "runs" / "new", spoken=False):
+        logging.getLogger("detection").info("begun")
+    assert "begun" in (tmp_path / "runs/new/log.txt").read_text()
 
 
 def test_each_number_is_sent_once_at_its_iteration(wandb: _Wandb, tmp_path: Path) -> None:
