@@ -14,6 +14,11 @@ from report.tables import Cell, Line, Options, Table
 UNIT = "%"
 MARKS = {"linear": "†", "finetune": "‡"}
 SPELLED = {r"knn_(\d+)": r"\1-NN", r"few_shot_(\d+)": r"\1-shot"}
+AP_NAMES = {  # metric → its short heading, its name in a longer one
+    "bbox/AP": ("AP^bbox", "box AP"),
+    "segm/AP": ("AP^mask", "mask AP"),
+    "keypoints/AP": ("AP^keypoint", "keypoint AP"),
+}
 MARK_NOTE = "† linear classifier on frozen features; ‡ fine-tuned."
 DETAILS_NOTE = "Differences, trials and published numbers: in the tables of each column below."
 
@@ -41,8 +46,7 @@ class _Column:
         """Return its headings, from the shortest to the one that nothing else can have."""
         table = self.table
         if table.step == "detection":
-            short = {"bbox/AP": "AP^bbox", "segm/AP": "AP^mask"}.get(self.metric, self.metric)
-            plain = {"bbox/AP": "box AP", "segm/AP": "mask AP"}.get(self.metric, self.metric)
+            short, plain = AP_NAMES.get(self.metric, (self.metric, self.metric))
             long = [plain, table.dataset, table.protocol, table.split, table.selection]
             long += [f"data {table.data}"] if table.data else []
             return [short, *(" ".join(long[:n]) for n in range(2, len(long) + 1))]

@@ -15,6 +15,10 @@ DETECTION_COLUMNS = (  # Table 5's columns
     "bbox/AP", "bbox/AP50", "bbox/AP75", "segm/AP", "segm/AP50", "segm/AP75",
 )  # fmt: skip
 STEP_ORDER = ("detection", "transfer", "analysis", "pretrain")
+OTHER_COLUMNS = (  # shown where rows have them: LVIS's rare, common, frequent classes; keypoints
+    "bbox/APr", "bbox/APc", "bbox/APf", "segm/APr", "segm/APc", "segm/APf",
+    "keypoints/AP", "keypoints/AP50", "keypoints/AP75",
+)  # fmt: skip
 FAMILIES = {"bbox": "bbox", "segm": "mask", "keypoints": "keypoint"}
 PLAIN_NAMES = {
     "top1": "top-1",
@@ -32,7 +36,7 @@ class Options:
     baseline: str = "ce"  # the initialisation that every Δ refers to
     order: tuple[str, ...] = ()  # initialisations first to last; others follow as they appear
     labels: dict[str, str] = dataclasses.field(default_factory=dict)  # initialisation → label
-    columns: tuple[str, ...] = ()  # metrics; empty: Table 5's for detection, all for the rest
+    columns: tuple[str, ...] = ()  # metrics; empty: an AP table's for detection, all for the rest
     references: tuple[str, ...] = ()  # published tables by name that may stand beside; empty: any
     expected: dict[str, int] = dataclasses.field(default_factory=dict)  # init → trials planned
 
@@ -236,11 +240,15 @@ def _table(rows: list[ResultRow], options: Options, reference: Reference, data: 
 
 
 def _default_columns(rows: list[ResultRow]) -> tuple[str, ...]:
-    present = list(dict.fromkeys(row.metric for row in rows))
-    if rows[0].step == "detection":
-        families = {metric.split("/")[0] for metric in present}
-        return tuple(c for c in DETECTION_COLUMNS if c.split("/")[0] in families) or tuple(present)
-    return tuple(present)
+    """Return Table 5's columns and those of other tasks for detection, all metrics for the rest."""
+    present = tuple(dict.fromkeys(row.metric for row in rows))
+    if rows[0].step != "detection":
+        return present
+    families = {metric.split("/")[0] for metric in present}
+    chosen = [c for c in DETECTION_COLUMNS if c.split("/")[0] in families]
+    chosen += [c for c in OTHER_COLUMNS if c in present]
+    rank = list(FAMILIES)
+    return tuple(sorted(chosen, key=lambda c: rank.index(c.split("/")[0]))) or present
 
 
 def _lines(

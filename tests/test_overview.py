@@ -78,6 +78,12 @@ def test_one_table_needs_no_overview():
     assert joined([box(30.0), box(20.0, metric="segm/AP"), ROWS[-2]]) == []
 
 
+def test_keypoint_ap_has_a_column():
+    (table,) = joined([box(30.0), box(50.0, metric="keypoints/AP"), row(1.0)])
+    assert table.columns == ("AP^bbox", "AP^keypoint", "cub200 †")
+    assert table.lines[0].cells["AP^keypoint"].mean == 50.0
+
+
 def test_columns_that_would_read_alike_are_told_apart():
     rows = [box(30.0), box(31.0, protocol="other"), row(1.0, protocol="linear_64px"), row(2.0)]
     (table,) = joined(rows)

@@ -154,6 +154,24 @@ def test_headings_are_those_of_table_5():
     assert heading("segm/AP50", ("segm/AP50",)) == "AP50^mask"  # alone it needs its family
 
 
+@pytest.mark.parametrize(
+    ("metrics", "headings"),
+    [
+        (["bbox/AP", "keypoints/APl", "keypoints/AP", "keypoints/AP50", "keypoints/AP75"],
+         ["AP^bbox", "AP50", "AP75", "AP^keypoint", "AP50", "AP75"]),
+        (["bbox/AP", "bbox/APf", "bbox/APr", "bbox/APc", "segm/AP", "segm/APr"],
+         ["AP^bbox", "AP50", "AP75", "APr", "APc", "APf", "AP^mask", "AP50", "AP75", "APr"]),
+        (["segm/AP", "bbox/AP", "bbox/APs"],
+         ["AP^bbox", "AP50", "AP75", "AP^mask", "AP50", "AP75"]),
+    ],
+)  # fmt: skip
+def test_keypoints_and_rare_classes_have_columns_where_they_were_judged(metrics, headings):
+    table = one([row(float(n), metric=metric) for n, metric in enumerate(metrics)])
+    assert [heading(column, table.columns) for column in table.columns] == headings
+    (line,) = table.lines
+    assert all(line.cells[m].mean == n for n, m in enumerate(metrics) if m in table.columns)
+
+
 def test_an_undefined_value_is_a_dash_and_leaves_the_mean_alone():
     (line,) = one([row(10.0), row(None, seed=2, weights="v")]).lines
     assert line.cells["bbox/AP"].mean == 10.0
