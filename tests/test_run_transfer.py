@@ -364,6 +364,21 @@ def test_the_tool_runs_from_anywhere_and_exits_with_two_on_bad_input(
     assert bad.stderr.count("\n") == 1
 
 
+def test_changed_keys_give_the_rows_of_the_methods_that_read_them_another_name(
+    run_here: Callable[..., list[ResultRow]], weights: Path, tmp_path: Path
+) -> None:
+    plain = run_here(weights, "methods", "[linear, knn]", "seed", "3", "features.batch_size", "5")
+    changed = run_here(weights, "methods", "[linear, knn]", "linear.c_values", "4")[len(plain) :]
+    again = run_here(weights, "methods", "[linear]", "linear.c_values", "4", "seed", "2")[-1]
+    assert [row.protocol for row in plain] == ["linear_8px", "knn_5_8px"]
+    assert [row.details["overrides"] for row in plain] == [{}, {}]
+    linear, knn = changed
+    assert linear.protocol.startswith("linear_8px+")
+    assert linear.details["overrides"] == {"linear.c_values": 4}
+    assert knn.protocol == "knn_5_8px"
+    assert again.protocol == linear.protocol
+
+
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     run_here: Callable[..., list[ResultRow]],
     weights: Path,

@@ -52,6 +52,7 @@ def main() -> int:
     from transfer.run import run
 
     config = load_config(TransferConfig, arguments.config, arguments.overrides, "transfer")
+    recipe = load_config(TransferConfig, arguments.config, folder="transfer")
     weights = read_weights(arguments.weights, arguments.init, arguments.format)
     name = f"{weights.init}_{weights.sha256[:8]}"
     default = ROOT / "runs" / "transfer" / Path(arguments.config).stem / name
@@ -63,7 +64,7 @@ def main() -> int:
             if dist.is_main():
                 print(said)
             return 0
-        rows = run(config, weights, output, arguments.resume)
+        rows = run(config, weights, output, arguments.resume, recipe)
         if dist.is_main():
             print("\n".join([*map(_line, rows), f"rows: {output / ROWS_FILE}"]))
     finally:

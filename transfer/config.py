@@ -1,8 +1,10 @@
 """What a transfer can be told: every key once, with its default and reason."""
 
 import dataclasses
+from typing import Any
 
 from core import amp
+from core.config import to_dict
 from core.datasets import DataConfig
 from core.errors import InputError
 from core.features import DTYPES
@@ -57,6 +59,31 @@ class TransferConfig:
     released: ReleasedConfig = dataclasses.field(default_factory=ReleasedConfig)
     finetune: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
+
+
+READ_BY: dict[str, tuple[str, ...]] = {  # the groups of keys that a method's number depends on
+    "linear": ("data", "features", "linear"),
+    "knn": ("data", "features", "knn"),
+    "few_shot": ("data", "features", "few_shot"),
+    "released": ("data", "released"),
+    "finetune": ("data", "finetune", "loop"),
+}
+NEUTRAL = {  # of them, the keys that make no other recipe: where it runs, and what rows say anyway
+    "data": ("name", "root", "image_size", "limit", "workers"),
+    "features": ("batch_size", "cache"),
+    "loop": ("device", "timeout", "save_every", "resume_every", "eval_every", "log_every"),
+}
+
+
+def changed_keys(config: TransferConfig, recipe: TransferConfig, method: str) -> dict[str, Any]:
+    """Return the keys (dotted) of what a method reads that are not as in its recipe."""
+    mine, its = to_dict(config), to_dict(recipe)
+    return {
+        f"{group}.{key}": value
+        for group in READ_BY[method]
+        for key, value in mine[group].items()
+        if value != its[group][key] and key not in NEUTRAL.get(group, ())
+    }
 
 
 def methods_of(config: TransferConfig) -> list[str]:

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 from core import dist
 from core.catalogue import look_up
@@ -9,17 +10,25 @@ from core.config import save_config, to_dict
 from core.errors import InputError
 from core.results import ROWS_FILE, ResultRow, append_rows, config_hash
 from transfer.backbone import Backbone
-from transfer.config import TransferConfig, check, methods_of
+from transfer.config import TransferConfig, changed_keys, check, methods_of
 from transfer.data import open_splits
 from transfer.protocols import METHODS, NEEDS, Outcome, Transfer
 
 
 def run(
-    config: TransferConfig, backbone: Backbone, output: Path, resume: bool = False
+    config: TransferConfig,
+    backbone: Backbone,
+    output: Path,
+    resume: bool = False,
+    recipe: TransferConfig | None = None,
 ) -> list[ResultRow]:
     """Evaluate a backbone and append its rows to ``output/results.jsonl``; returns them.
 
     Every rank of a group calls it; the first one writes.
+
+    Args:
+        recipe: what ``config`` was before single keys were changed; the rows of a method that
+            reads one of these have a protocol's name of their own.
 
     Raises:
         InputError: a config, data set or checkpoint that cannot be used; nothing is written.
@@ -30,7 +39,9 @@ def run(
         started = time.monotonic()
         outcomes = METHODS[method](unit)
         seconds = round(time.monotonic() - started, 2)
-        rows += [_row(unit, method, outcome, seconds) for outcome in outcomes]
+        changed = changed_keys(config, recipe or config, method)
+        details = {"method": method, "seconds": seconds, "overrides": changed}
+        rows += [_row(unit, outcome, details) for outcome in outcomes]
     if dist.is_main():
         output.mkdir(parents=True, exist_ok=True)
         save_config(config, output / "config.yaml")
@@ -61,10 +72,11 @@ def opened(config: TransferConfig, backbone: Backbone, output: Path, resume: boo
     return unit
 
 
-def _row(unit: Transfer, method: str, outcome: Outcome, seconds: float) -> ResultRow:
+def _row(unit: Transfer, outcome: Outcome, details: dict[str, Any]) -> ResultRow:
     """Return the result row of an outcome.
 
-    What makes numbers incomparable, another resolution or a limit, is said in the protocol's name.
+    What makes numbers incomparable, another resolution, a limit or changed keys, is said in the
+    protocol's name: equal changes share a name.
     """
     config, test, backbone = unit.config, unit.splits.test, unit.backbone
     changed = (
@@ -72,8 +84,9 @@ def _row(unit: Transfer, method: str, outcome: Outcome, seconds: float) -> Resul
     )
     if config.data.limit:
         changed += f"_limit{config.data.limit}"
-    details = {
-        "method": method,
+    if details["overrides"]:
+        changed += f"+{config_hash(details['overrides'])[:6]}"
+    details = details | {
         "image_size": test.image_size,
         "train_images": len(unit.splits.train) + len(unit.splits.val or ()),
         "test_images": len(test),
@@ -81,7 +94,6 @@ def _row(unit: Transfer, method: str, outcome: Outcome, seconds: float) -> Resul
         "pretrained_on": backbone.dataset,
         "pretrain_seed": backbone.seed,
         "world_size": dist.world_size(),
-        "seconds": seconds,
     }
     return ResultRow(
         step="transfer",
