@@ -12,12 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from convert import d2
+from convert.pickles import read_pickle
+from convert.reading import PICKLES
 from core import checkpoint
 from core.errors import InputError
 from core.results import sha256_of
@@ -47,7 +50,8 @@ def read_weights(path: str | Path, converted: Path) -> Weights:
     """Read a backbone or detector; anything else is converted on the way.
 
     Args:
-        path: a converted file, a detector saved by this suite or detectron2, or a raw checkpoint.
+        path: a converted file, a detector saved by this suite or detectron2 (its zoo's ``.pkl``
+            too), or a raw checkpoint.
         converted: where a raw checkpoint's conversion is written.
 
     Raises:
@@ -56,7 +60,8 @@ def read_weights(path: str | Path, converted: Path) -> Weights:
     if not str(path).startswith(LIBRARIES):
         path = Path(path).expanduser()
         checkpoint.verify_file(path)
-        found = _as_detectron2(checkpoint.load_plain(path)) if _is_torch_file(path) else None
+        read = checkpoint.load_plain if _is_torch_file(path) else _pickled_detector
+        found = _as_detectron2(read(path))
         if found is not None:
             tensors, facts = found
             whole = any(name.startswith(HEADS) for name in tensors)
@@ -224,8 +229,29 @@ def _as_detectron2(content: Any) -> tuple[dict[str, Tensor], dict[str, Any]] | N
     return tensors, dict(facts) if isinstance(facts, dict) else {}
 
 
+def _pickled_detector(path: Path) -> dict[str, Any] | None:
+    """Return a pickled detector of detectron2's zoo with tensors for its arrays, None of others.
+
+    A pickled backbone is left to ``convert``, which knows conventions by their authors.
+    """
+    content = read_pickle(path) if path.suffix in PICKLES else None
+    if not isinstance(content, dict):
+        return None
+    model = content.get("model", content)
+    if not isinstance(model, dict) or not any(str(name).startswith(HEADS) for name in model):
+        return None
+    return content | {"model": {name: _as_tensor(value) for name, value in model.items()}}
+
+
+def _as_tensor(value: Any) -> Any:
+    """Return an array of numbers as a tensor of its own, anything else as it is."""
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiub":
+        return value
+    return torch.from_numpy(np.array(value, value.dtype.newbyteorder("=")))
+
+
 def _is_torch_file(path: Path) -> bool:
-    """Whether torch wrote the file; a plain pickle is read by ``convert`` alone."""
+    """Whether torch wrote the file."""
     with path.open("rb") as file:
         return file.read(2) == b"PK" or path.suffix in (".pth", ".pt")
 

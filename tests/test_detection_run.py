@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import os
+import pickle
 import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -195,6 +197,23 @@ def test_a_trained_detector_is_judged_alone_under_its_own_name(
     assert {(r.protocol, r.init, r.seed, r.weights, r.data) for r in judged} == {
         (r.protocol, r.init, r.seed, r.weights, r.data) for r in trained
     }
+
+
+def test_a_detector_of_the_zoo_is_judged_out_of_its_pickle(
+    data: Path, finished: Path, tmp_path: Path
+) -> None:
+    arrays = {name: value.numpy() for name, value in _model(finished).items()}
+    arrays["pixel_mean"] = np.array([123.675, 116.28, 103.53], np.float32).reshape(3, 1, 1)
+    detector, output = tmp_path / "model_final_f10217.pkl", tmp_path / "judged"
+    detector.write_bytes(
+        pickle.dumps({"model": arrays, "__author__": "Detectron2 Model Zoo"}, protocol=4)
+    )
+    asked = request(data, output, weights=str(detector), eval_only=True)
+    _refused(asked, "does not say which mean", "--assume-convention")
+    assert run(dataclasses.replace(asked, assume_convention=True)) == 0
+    trained, judged = (read_rows(f / "results.jsonl") for f in (finished, output))
+    assert [(r.metric, r.value) for r in judged] == [(r.metric, r.value) for r in trained]
+    _refused(request(data, tmp_path / "new", weights=str(detector)), "is a whole detector")
 
 
 def test_two_trials_of_one_seed_agree_and_another_seed_differs(
