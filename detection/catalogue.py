@@ -6,6 +6,7 @@ and rules of their own. All are registered with detectron2 under ``<name>_<split
 
 import functools
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from detection.datasets import Split, open_pair
 
 SHAPES = "shapes"
 KINDS = {"coco": "coco", "lvis": "lvis", "pascal_voc": "voc", "cityscapes_instance": "cityscapes"}
+SIDE = re.compile(r"left|right|(?<![^\W_])[lr](?![^\W_])", re.IGNORECASE)  # l, r: whole words
+OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l"}
 LAYOUTS = {
     "coco": """  coco/annotations/{instances,person_keypoints}_{train,val}2017.json
   coco/{train,val}2017/*.jpg""",
@@ -95,10 +98,21 @@ def register(splits: Iterable[Split]) -> None:
 
 
 def flips(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Return the pairs of keypoints that a mirror exchanges: left_NAME and right_NAME."""
+    """Return the pairs of keypoints that a mirror exchanges: left_eye and right_eye, L_eye …"""
     names = list(names)
-    pairs = [(n, n.replace("left", "right", 1)) for n in names if n.startswith("left")]
-    return [pair for pair in pairs if pair[1] in names]
+    pairs = [(name, mirrored(name)) for name in names]
+    return [(a, b) for n, (a, b) in enumerate(pairs) if b in names[n + 1 :]]
+
+
+def mirrored(name: str) -> str:
+    """Return a keypoint's name with its side, left or right, l or r, exchanged; or as it is."""
+    return SIDE.sub(lambda found: _in_case_of(found[0], OTHER_SIDE[found[0].lower()]), name)
+
+
+def _in_case_of(like: str, word: str) -> str:
+    if like.isupper():
+        return word.upper()
+    return word.capitalize() if like[0].isupper() else word
 
 
 def _kind(name: str) -> str:

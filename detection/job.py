@@ -19,7 +19,7 @@ from core.config import ROOT
 from core.errors import InputError
 from detection import cfg as configs
 from detection import weights as weight_files
-from detection.catalogue import open_named
+from detection.catalogue import flips, mirrored, open_named
 from detection.checkpointer import Checkpointer
 from detection.coco_backends import choose
 from detection.compat import versions
@@ -28,6 +28,8 @@ from detection.identity import check_same_weights, data_of, facts_of, identity_o
 from detection.logs import check_wandb
 from detection.trainer import check_batch, check_numbers
 from detection.weights import Weights
+
+COCO_KEYPOINTS = 17  # how many sigmas stand for an empty TEST.KEYPOINT_OKS_SIGMAS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,11 +286,35 @@ def _fit_to_data(cfg: CfgNode, train: tuple[Split, ...], val: Split, notes: list
         if cfg.MODEL.KEYPOINT_ON and not pair.keypoints:
             raise InputError(f"{pair.json} names no keypoints in its first category")
     if cfg.MODEL.KEYPOINT_ON:
-        cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = len(val.keypoints)
+        _fit_keypoints(cfg, train, val, notes)
     if any(pair.has_rle for pair in train):
         cfg.INPUT.MASK_FORMAT = "bitmask"
     counts = ", ".join(f"{p.catalog_name} {p.num_images} images" for p in (*train, val))
     notes.append(f"data: {counts}, {len(val.classes)} classes")
+
+
+def _fit_keypoints(cfg: CfgNode, train: tuple[Split, ...], val: Split, notes: list[str]) -> None:
+    """Set the number of keypoints; ask for as many sigmas, and for both of what a mirror swaps."""
+    count, sigmas = len(val.keypoints), len(cfg.TEST.KEYPOINT_OKS_SIGMAS)
+    cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = count
+    if (sigmas or COCO_KEYPOINTS) != count:
+        raise InputError(
+            f"{val.json} names {count} keypoints, but TEST.KEYPOINT_OKS_SIGMAS has "
+            f"{sigmas or f'none (the {COCO_KEYPOINTS} of COCO)'}: give one per keypoint"
+        )
+    for pair in train if cfg.INPUT.RANDOM_FLIP != "none" else ():
+        names = pair.keypoints
+        lone = [n for n in names if mirrored(n) != n and mirrored(n) not in names]
+        if lone:
+            raise InputError(
+                f"{pair.json}: keypoint {lone[0]!r} has no {mirrored(lone[0])!r} to change places "
+                "with in mirrored images; rename it, or set INPUT.RANDOM_FLIP none"
+            )
+        if not flips(names):
+            notes.append(
+                f"no keypoint of {pair.catalog_name} is a left or right one: they keep their names "
+                "in mirrored images; if they should not, set INPUT.RANDOM_FLIP none"
+            )
 
 
 def _read_weights(

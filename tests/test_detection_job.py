@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from core.errors import InputError
+from detection.catalogue import flips
 from detection.job import Job, prepare
 from tests.detection_tiny import request, write_pair
 
@@ -85,6 +86,51 @@ def test_a_machine_that_is_slower_than_the_first_may_find_the_folder_begun(
     assert _prepared(data, tmp_path, 8, machine_rank=1, **two).mode == "train"
     with pytest.raises(InputError, match="not empty"):
         _prepared(data, tmp_path, 8, machine_rank=0, **two)
+
+
+@pytest.mark.parametrize(
+    ("names", "pairs"),
+    [
+        (["nose", "left_eye", "right_eye"], [("left_eye", "right_eye")]),
+        (["hip_left", "hip_right"], [("hip_left", "hip_right")]),
+        (["R_eye", "L_eye", "L_F_paw", "R_F_paw"], [("R_eye", "L_eye"), ("L_F_paw", "R_F_paw")]),
+        (["eye r", "eye l", "tail"], [("eye r", "eye l")]),
+        (["EyeLeft", "EyeRight", "LEFT HIP", "RIGHT HIP"],
+         [("EyeLeft", "EyeRight"), ("LEFT HIP", "RIGHT HIP")]),
+        (["elbow", "rear", "trail", "left_ear"], []),
+    ],
+)  # fmt: skip
+def test_a_mirror_exchanges_left_and_right_however_they_are_written(
+    names: list[str], pairs: list[tuple[str, str]]
+) -> None:
+    assert flips(names) == pairs
+
+
+def test_keypoints_that_cannot_be_judged_or_mirrored_are_refused(tmp_path: Path) -> None:
+    def job(names: list[str], sigmas: int, *more: str) -> Job:
+        folder = tmp_path / "_".join(names)
+        path = folder / "instances.json"
+        if not path.exists():
+            write_pair(folder)
+            content = json.loads(path.read_text())
+            content["categories"] = [{"id": 3, "name": "square", "keypoints": names}]
+            objects = [a for a in content["annotations"] if a["category_id"] == 3]
+            for entry in objects:
+                entry |= {"keypoints": [1, 1, 2] * len(names), "num_keypoints": len(names)}
+            path.write_text(json.dumps(content | {"annotations": objects}))
+        keys = ["MODEL.KEYPOINT_ON", "True", "TEST.KEYPOINT_OKS_SIGMAS", str([0.1] * sigmas)]
+        return _prepared(folder, tmp_path, 8, *keys, *more)
+
+    numbered = [str(n) for n in range(17)]
+    assert job(["hip_left", "hip_right"], 2).cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS == 2
+    for names, sigmas in ((["a", "b", "c"], 2), (["a", "b", "c"], 0), (numbered, 3)):
+        with pytest.raises(InputError, match=f"{len(names)} keypoints, but TEST.KEYPOINT_OKS"):
+            job(names, sigmas)
+    assert "if they should not, set INPUT.RANDOM_FLIP none" in " ".join(job(numbered, 0).notes)
+    with pytest.raises(InputError, match="'hip_left' has no 'hip_right'"):
+        job(["hip_left", "tail"], 2)
+    unflipped = job(["hip_left", "tail"], 2, "INPUT.RANDOM_FLIP", "none")
+    assert "RANDOM_FLIP" not in " ".join(unflipped.notes)
 
 
 @pytest.mark.parametrize("name", ["mask_rcnn_R50_FPN_1x", "mask_rcnn_R50_C4_1x"])
