@@ -302,6 +302,12 @@ def _fit_keypoints(cfg: CfgNode, train: tuple[Split, ...], val: Split, notes: li
             f"{val.json} names {count} keypoints, but TEST.KEYPOINT_OKS_SIGMAS has "
             f"{sigmas or f'none (the {COCO_KEYPOINTS} of COCO)'}: give one per keypoint"
         )
+    for pair in train:
+        if pair.keypoints != val.keypoints:
+            raise InputError(
+                f"{pair.json} and {val.json} name different keypoints: those of training must be "
+                "those of validation, in the same order"
+            )
     for pair in train if cfg.INPUT.RANDOM_FLIP != "none" else ():
         names = pair.keypoints
         lone = [n for n in names if mirrored(n) != n and mirrored(n) not in names]

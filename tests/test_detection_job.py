@@ -107,7 +107,7 @@ def test_a_mirror_exchanges_left_and_right_however_they_are_written(
 
 
 def test_keypoints_that_cannot_be_judged_or_mirrored_are_refused(tmp_path: Path) -> None:
-    def job(names: list[str], sigmas: int, *more: str) -> Job:
+    def job(names: list[str], sigmas: int, *more: str, **fields: Any) -> Job:
         folder = tmp_path / "_".join(names)
         path = folder / "instances.json"
         if not path.exists():
@@ -119,7 +119,7 @@ def test_keypoints_that_cannot_be_judged_or_mirrored_are_refused(tmp_path: Path)
                 entry |= {"keypoints": [1, 1, 2] * len(names), "num_keypoints": len(names)}
             path.write_text(json.dumps(content | {"annotations": objects}))
         keys = ["MODEL.KEYPOINT_ON", "True", "TEST.KEYPOINT_OKS_SIGMAS", str([0.1] * sigmas)]
-        return _prepared(folder, tmp_path, 8, *keys, *more)
+        return _prepared(folder, tmp_path, 8, *keys, *more, **fields)
 
     numbered = [str(n) for n in range(17)]
     assert job(["hip_left", "hip_right"], 2).cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS == 2
@@ -129,6 +129,10 @@ def test_keypoints_that_cannot_be_judged_or_mirrored_are_refused(tmp_path: Path)
     assert "if they should not, set INPUT.RANDOM_FLIP none" in " ".join(job(numbered, 0).notes)
     with pytest.raises(InputError, match="'hip_left' has no 'hip_right'"):
         job(["hip_left", "tail"], 2)
+    other = {"val_json": str(tmp_path / "hip_left_hip_right" / "instances.json")}
+    other["val_images"] = str(tmp_path / "hip_left_hip_right" / "images")
+    with pytest.raises(InputError, match="name different keypoints"):
+        job(["hip_right", "hip_left"], 2, **other)
     unflipped = job(["hip_left", "tail"], 2, "INPUT.RANDOM_FLIP", "none")
     assert "RANDOM_FLIP" not in " ".join(unflipped.notes)
 
