@@ -145,7 +145,17 @@ def test_published_numbers_are_complete_and_cite_their_source():
     seed = {r.init: (r.values[0], r.values[3]) for r in tables["table5"].rows}
     assert seed["ce"] == c4["ce"]
     assert seed["moco_v2"] == c4["moco_v1"]
-    assert seed["infomin"] == c4["infomin"]
+    assert seed["infomin"] == c4["infomin_200"]
+
+
+@pytest.mark.parametrize("name", ["fpn_1x_infomin", "c4_1x"])
+def test_published_rows_of_moco_v2_and_infomin_name_their_true_source_and_epochs(name):
+    rows = {row.init: row for row in load_reference().tables[name].rows}
+    for init in ("moco_v2", "moco_v2_200"):  # PyContrast's README has no such row at 1×
+        assert "InstanceLoc" in rows[init].source
+    assert "PyContrast" in rows["infomin_200"].source
+    assert "200 epochs" in rows["infomin_200"].label
+    assert "infomin" not in rows  # in the suites that is InfoMin_800.pth
 
 
 def test_headings_are_those_of_table_5():
