@@ -5,6 +5,7 @@ that should be there and is not can be told from one that a training still has t
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,8 @@ def schedule_of(config: dict[str, Any]) -> Schedule:
     except (KeyError, TypeError, ValueError):
         return Schedule()
     total = sum(stages)
-    saved = sorted({0, total, *range(0, total + 1, max(1, step))})
+    ends = itertools.accumulate(stages)
+    saved = sorted({0, *ends, *range(0, total + 1, max(1, step))})
     return Schedule(tuple(saved), stages[0] if len(stages) > 1 and stages[1] else None)
 
 

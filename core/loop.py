@@ -4,6 +4,7 @@ Shapes: B images a step over all ranks, W ranks, S side in pixels.
 """
 
 import dataclasses
+import itertools
 import math
 import random
 import warnings
@@ -38,7 +39,9 @@ class LoopConfig:
     amp: str = "none"  # none, bf16, fp16 autocast, or auto (core.amp); losses stay in float32
     channels_last: bool = True  # memory format of images and weights; faster convolutions
     sync_bn: bool = False  # BatchNorm statistics over all ranks (GPUs only)
-    save_every: int = 10  # epochs between checkpoints; epoch 0 and the last are always saved
+    save_every: int = (
+        10  # epochs between checkpoints; those of epoch 0 and of a stage's end come anyway
+    )
     resume_every: int = 0  # steps between resume states inside an epoch; 0: at each epoch's end
     eval_every: int = 0  # epochs between evaluations; 0: only at the end
     log_every: int = 20  # steps between lines of log.jsonl
@@ -122,7 +125,8 @@ def train(
     check(config, len(dataset))
     trainer = Trainer(objective, config, run_dir, seed, device, fingerprint)
     position = trainer.restore() if resume_run else trainer.begin(hooks)
-    total_epochs = sum(stage.epochs for stage in trainer.stages)
+    ends = list(itertools.accumulate(stage.epochs for stage in trainer.stages))
+    total_epochs = ends[-1]
     ranks = (dist.rank(), dist.world_size())
     sampler = EpochSampler(len(dataset), config.batch_size, seed, *ranks, dataset.blocks)
     loader = training_loader(dataset, sampler, workers=workers)
@@ -159,7 +163,7 @@ def train(
             watch.flush()
             trainer.finish_epoch(position)
             finished, is_end = position.epoch, position.epoch == total_epochs
-            if is_end or finished % config.save_every == 0:
+            if finished in ends or finished % config.save_every == 0:
                 trainer.on_main(hooks.save_weights, finished)
             if is_end or (config.eval_every and finished % config.eval_every == 0):
                 evaluated = hooks.evaluate(finished)

@@ -3,17 +3,18 @@
 The time is that of an earlier run beside this one, of the same recipe on as many processes.
 """
 
+import itertools
 import json
-import math
 from pathlib import Path
+from typing import Any
 
 import yaml
-from torch import nn
 
 from core import dist, resume
 from core.config import load_config, to_dict
 from core.disk import Disk, Files, free_bytes
 from core.errors import InputError
+from core.loop import Objective
 from core.progress import format_seconds
 from core.results import ROWS_FILE, read_rows
 from pretrain import run
@@ -38,7 +39,7 @@ def plan(config: PretrainConfig, folder: Path, resume_run: bool) -> str:
             f"# {run.describe(config, dataset, epochs, device)}",
             f"# into {folder}",
             f"# time: {expected_time(config, folder)}",
-            f"# disk: {disk(config, folder, objective.model, len(dataset), epochs)}",
+            f"# disk: {disk(config, folder, objective, len(dataset))}",
         ]
     )
 
@@ -72,20 +73,22 @@ def trained_seconds(log: Path, batch: int) -> float:
     return seconds
 
 
-def disk(config: PretrainConfig, folder: Path, model: nn.Module, images: int, epochs: int) -> Disk:
+def disk(config: PretrainConfig, folder: Path, objective: Objective, images: int) -> Disk:
     """Return what a run's checkpoints and states need; a new state is whole before an old one goes.
 
     Args:
         images: N of the training set, the rows of CTC's banks.
     """
+    model: Any = objective.model
     weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     momentum = sum(p.numel() * p.element_size() for p in model.parameters())
     state = weights + (momentum if config.loop.momentum else 0)
     if config.method == "ctc":
         state += max(_stage_bytes(config.ctc, images, weights))
-    kept = 1 + math.ceil(epochs / config.loop.save_every)  # epoch 0, every so many, the last
-    files = [Files(kept, "checkpoint", weights)]
-    if epochs:
+    ends = list(itertools.accumulate(stage.epochs for stage in objective.stages()))
+    kept = {0, *ends, *range(0, ends[-1], config.loop.save_every)}
+    files = [Files(len(kept), "checkpoint", weights)]
+    if ends[-1]:
         files.append(Files(3, "resume state", state))
     return Disk(tuple(files), free_bytes(folder))
 

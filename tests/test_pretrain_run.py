@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from analysis.survey import schedule_of
 from core import checkpoint
-from core.config import CONFIG_DIR, InputError, load_config
+from core.config import CONFIG_DIR, InputError, load_config, to_dict
 from core.results import read_rows
 from pretrain.plan import disk, plan, trained_seconds
 from pretrain.run import PretrainConfig, make_ready, pretrain
@@ -40,6 +41,17 @@ def test_a_run_folder_holds_what_the_next_steps_read(
         assert (row.metric, row.split, row.epoch) == ("top1", "test", epochs)
         assert (row.init, row.protocol) == ("name", "mine")
         assert row.weights_path == str(path)
+
+
+def test_the_end_of_stage_1_is_saved_whatever_the_period(tmp_path: Path, tiny_npz: Path) -> None:
+    """It is the information bank's network, which no other file holds."""
+    config = _config(tiny_npz, "ctc", "loop.save_every", "3")
+    path = pretrain(config, tmp_path / "run")
+    saved = sorted(p.name for p in path.parent.iterdir())
+    assert saved == [f"epoch_{epoch:04d}.pth" for epoch in (0, 2, 3, 4)]
+    assert schedule_of(to_dict(config)).saved == (0, 2, 3, 4)
+    dataset, _, objective = make_ready(config)
+    assert disk(config, tmp_path, objective, len(dataset)).files[0].count == 4
 
 
 def test_the_initialisation_is_the_same_for_every_method(tmp_path: Path, tiny_npz: Path) -> None:
@@ -88,7 +100,7 @@ def test_a_plan_knows_the_disk_and_the_time_of_a_run_like_one_before(
     config, folder = _config(tiny_npz, method, "seed", "5"), tmp_path / "second"
     dataset, _, objective = make_ready(config)
     epochs = sum(stage.epochs for stage in objective.stages())
-    told = {f.what: f for f in disk(config, folder, objective.model, len(dataset), epochs).files}
+    told = {f.what: f for f in disk(config, folder, objective, len(dataset)).files}
     written = [path.stat().st_size for path in (tmp_path / "first/checkpoints").iterdir()]
     assert told["checkpoint"].count == len(written)
     assert told["checkpoint"].each == pytest.approx(max(written), rel=0.05)
