@@ -61,6 +61,8 @@ class Settings:
         sizes = (self.hidden, self.iterations, self.embedding, self.evaluations, self.batch - 1)
         if min(*sizes, self.marginal_draws) < 1 or self.lr <= 0:
             raise ValueError("sizes and counts must be at least 1 (batch: 2), and lr positive")
+        if not 0 < self.ema_rate < 1 or self.clip <= 0:
+            raise ValueError("ema_rate must lie between 0 and 1, and clip be positive")
         if min(self.held_out, self.validation) <= 0 or self.held_out + self.validation >= 1:
             raise ValueError("held_out and validation must be positive and leave pairs to train on")
 
