@@ -82,6 +82,13 @@ class Timeline:
         newest = load_checkpoint(self.survey.epochs[-1].path)
         self.data = [_source(config, newest), *config.targets]
         self.datasets = [_open(data, newest) for data in self.data]
+        for splits in self.datasets if "probe" in config.quantities else ():
+            if len(splits) < 2:
+                raise InputError(
+                    f"{next(iter(splits.values())).name} has a train split only, on which a probe "
+                    "is not to be judged: leave probe out of quantities, or hold a part out with "
+                    "data.val_fraction"
+                )
         self.names = [next(iter(splits.values())).name for splits in self.datasets]
         if len(set(self.names)) < len(self.names):
             raise InputError(f"data sets must differ, but the config names {', '.join(self.names)}")

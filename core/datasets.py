@@ -137,16 +137,18 @@ def open_dataset(cfg: DataConfig, split: str, train: bool = False, seed: int = 0
         source = source.subset(fit if split == "train" else rest)
     if 0 < cfg.limit < len(source):
         source = source.subset(balanced_positions(source.labels, cfg.limit))
-    return IndexedDataset(source, cfg, data_name(cfg), official, train, seed)
+    return IndexedDataset(source, cfg, data_name(cfg), split, train, seed)
 
 
 def report_split(cfg: DataConfig) -> str:
     """Return the split that final numbers are given on: test where its labels are public, else val.
 
+    "val" is also what ``cfg.val_fraction`` holds out; where there is nothing but train, it is that.
     Never choose a model or a setting by it: choose on val, or on a part held out of train.
     """
     available = splits_of(cfg)
-    return next((split for split in ("test", "val") if split in available), "train")
+    held_out = "val" if cfg.val_fraction > 0 else "train"
+    return next((split for split in ("test", "val") if split in available), held_out)
 
 
 def splits_of(cfg: DataConfig) -> list[str]:

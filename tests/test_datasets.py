@@ -1,5 +1,7 @@
 """Data sets: pure augmentation, honest splits, one clear sentence for whatever is wrong."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -125,6 +127,10 @@ def test_folder_of_classes_alone_is_a_train_split(folder):
     assert len(open_dataset(cfg, "train")) == 12
     with pytest.raises(InputError, match="no test split"):
         open_dataset(cfg, "test")
+    assert report_split(cfg) == "train"
+    held_out = dataclasses.replace(cfg, val_fraction=0.25)
+    assert report_split(held_out) == "val"
+    assert len(open_dataset(held_out, "train")) + len(open_dataset(held_out, "val")) == 12
 
 
 def test_val_is_held_out_of_train_only_when_asked(folder):
@@ -137,7 +143,7 @@ def test_val_is_held_out_of_train_only_when_asked(folder):
     files = {*train.source.images, *val.source.images}
     assert len(files) == 12
     assert val.labels.tolist() == [0, 1, 2]
-    assert val.split == "train"  # where the images come from
+    assert (train.split, val.split) == ("train", "val")
 
 
 def test_official_val_split_is_never_cut_out_of_train(folder):

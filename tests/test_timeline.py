@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from analysis import timeline as timeline_module
 from analysis.costs import expected_cost
@@ -323,6 +324,22 @@ def test_bad_configs_are_refused_before_anything_is_written(
     with pytest.raises(InputError, match=words):
         Timeline(run, quick(target, **changes), "tiny")
     assert not (run / "results.jsonl").exists()
+
+
+def test_a_probe_is_not_judged_on_what_it_was_fitted_to(tmp_path: Path, tiny_npz: Path) -> None:
+    run = tmp_path / "run"
+    write_epoch(run, 0, tiny_npz)
+    for name in "ab":
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(12):
+            Image.new("RGB", (8, 8), (i, 9, 9)).save(tmp_path / "pictures" / name / f"{i}.png")
+    alone = DataConfig(name="folder", root=str(tmp_path / "pictures"), image_size=8)
+    config = quick(tiny_npz, targets=[alone], quantities=["probe"])
+    with pytest.raises(InputError, match="has a train split only"):
+        Timeline(run, config, "tiny")
+    held_out = dataclasses.replace(alone, val_fraction=0.5)
+    timeline = Timeline(run, dataclasses.replace(config, targets=[held_out]), "tiny")
+    assert list(timeline.datasets[1]) == ["train", "val"]
 
 
 def test_no_run_and_no_readable_epoch_are_said(tmp_path: Path, tiny_npz: Path) -> None:

@@ -45,14 +45,13 @@ def open_splits(cfg: DataConfig, seed: int) -> Splits:
         InputError: no data, no split to report on, classes that differ between splits or have no
             image to learn from or, where it is needed, to be judged on.
     """
-    reported = report_split(cfg)
-    available = splits_of(cfg)
+    cfg = dataclasses.replace(cfg, val_fraction=0.0)  # what a transfer holds out is its own affair
+    reported, available = report_split(cfg), splits_of(cfg)
     if "train" not in available or reported == "train":
         raise InputError(
             f"{cfg.name} has only {' and '.join(available)}: a transfer needs a train split and a "
             "test or val split"
         )
-    cfg = dataclasses.replace(cfg, val_fraction=0.0)
     val = "val" if "val" in available and reported != "val" else None
     splits = Splits(
         open_dataset(cfg, "train", train=True, seed=seed),
