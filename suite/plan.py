@@ -18,6 +18,7 @@ from suite.schema import Initialisation, Protocol, Suite, step_of
 
 CONVERT_MINUTES, CONVERT_GIGABYTES = 0.2, 0.1  # of a ResNet-50
 EXPECTED_ON_GPUS = 8  # that SUITE.EXPECTED_HOURS of a detection config is for
+LIBRARIES = ("timm:", "torchvision:")  # weights that the tools find by a library's name for them
 TOOLS = {
     "pretrain": "run_pretrain.py",
     "convert": "convert_to_d2.py",
@@ -43,7 +44,7 @@ class Job:
     minutes: float = 0.0  # expected; 0: unknown
     gigabytes: float = 0.0  # that it will write, at most; 0: unknown
     needs: str = ""  # the job whose product is its input
-    weights: Path | None = None  # or a file that exists is its input
+    weights: Path | str | None = None  # or its input is a file that exists, or a library's name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +134,7 @@ def select(plan: Plan, only: Sequence[str]) -> Plan:
 def check_weights(plan: Plan) -> None:
     """Raise InputError if a checkpoint that the plan is given is not there."""
     for job in plan.jobs:
-        if job.weights is not None and not job.weights.is_file():
+        if isinstance(job.weights, Path) and not job.weights.is_file():
             raise InputError(
                 f"initialisation {job.init!r}: there is no weights file {job.weights}; put it "
                 f"there, name it with initialisations.{job.init}.weights PATH, or choose other "
@@ -173,9 +174,9 @@ def _convert_job(name: str, init: Initialisation, seed: int, source: Job | None,
     stem = f"{name}-s{seed}" if source else name
     return Job(
         f"convert/{stem}", "convert", name, seed, "", root / "weights" / f"{stem}_d2.pth",
-        {"format": init.format}, options=_format(init), minutes=CONVERT_MINUTES,
+        {"format": init.format} | _named(init), options=_format(init), minutes=CONVERT_MINUTES,
         gigabytes=CONVERT_GIGABYTES,
-        needs=source.name if source else "", weights=_weights_file(init),
+        needs=source.name if source else "", weights=_given_weights(init),
     )  # fmt: skip
 
 
@@ -208,14 +209,15 @@ def _transfer_job(
 ) -> Job:  # fmt: skip
     """Return a transfer to classification, which reads the weights unconverted."""
     config = find_config(protocol.config, "transfer")
-    recipe = _recipe(config, protocol.overrides) | {"seed": seed, "arguments": protocol.arguments}
+    recipe = _recipe(config, protocol.overrides) | _named(init)
+    recipe |= {"seed": seed, "arguments": protocol.arguments}
     options = ("--config", str(config), "--init", init_name, *_format(init), *protocol.arguments)
     stem = f"{init_name}-s{seed}"
     return Job(
         f"{name}/{stem}", "transfer", init_name, seed, name, root / name / stem, recipe,
         options=options, pairs=tuple(_pairs({**_flat(protocol.overrides), "seed": seed})),
         minutes=protocol.minutes, gigabytes=protocol.gigabytes,
-        needs=source.name if source else "", weights=_weights_file(init),
+        needs=source.name if source else "", weights=_given_weights(init),
     )  # fmt: skip
 
 
@@ -223,10 +225,18 @@ def _format(init: Initialisation) -> tuple[str, ...]:
     return ("--format", init.format) if init.format else ()
 
 
-def _weights_file(init: Initialisation) -> Path | None:
-    """Return the checkpoint as given, or else under the checkout's root; None where it is made."""
-    if not init.weights:
-        return None
+def _named(init: Initialisation) -> dict[str, str]:
+    """Return a library's name for the weights as a part of the recipe: there is no file to hash."""
+    return {"weights": init.weights} if init.weights.startswith(LIBRARIES) else {}
+
+
+def _given_weights(init: Initialisation) -> Path | str | None:
+    """Return the checkpoint as given, or else under the checkout's root; None where it is made.
+
+    ``timm:NAME`` and ``torchvision:NAME`` are names for the tools, which say what is not there.
+    """
+    if not init.weights or init.weights.startswith(LIBRARIES):
+        return init.weights or None
     given, under_root = Path(init.weights).expanduser().absolute(), ROOT / init.weights
     return under_root if under_root.is_file() and not given.is_file() else given
 

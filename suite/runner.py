@@ -171,7 +171,8 @@ class _Runner:
             if kept is not None:
                 self.say(f"  what was there is kept as {shown(kept)}")
         job.output.parent.mkdir(parents=True, exist_ok=True)
-        words = command(job, str(source), resume, self.plan.suite.gpus, self.tools)
+        given = str(source or job.weights)
+        words = command(job, given, resume, self.plan.suite.gpus, self.tools)
         record = Record(
             job.name, "started", job.recipe, sha256_of(source) if source else "", words,
             seconds=old.seconds if old is not None and resume else 0.0,
@@ -275,9 +276,12 @@ def dry_run(plan: Plan, say: Say = print, slots: int = 1) -> None:
 
 
 def source_of(plan: Plan, job: Job, records: Records) -> Path | None:
-    """Return a job's input: the given weights, or the product of what it needs."""
+    """Return a job's input file: the given weights, or the product of what it needs.
+
+    None where it is not there (yet), or is known by a library's name alone.
+    """
     if job.weights is not None:
-        return job.weights if job.weights.is_file() else None
+        return job.weights if isinstance(job.weights, Path) and job.weights.is_file() else None
     if not job.needs:
         return None
     needed = plan.job(job.needs)

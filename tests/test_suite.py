@@ -69,7 +69,7 @@ CONVERT = (
     + """
 source = pathlib.Path(words[0])
 stop_if_asked("convert")
-output.write_text("converted " + source.read_text())
+output.write_text("converted " + (source.read_text() if source.exists() else words[0]))
 print("converted", source.name)
 """
 )
@@ -293,6 +293,22 @@ def test_given_weights_are_converted_once_for_all_seeds(bench: Bench):
     assert calls[0][1:] == [
         str(weights), "--format", "moco", "--output", f"{bench.root}/weights/moco_d2.pth",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet18.a1_in1k"])
+def test_weights_of_a_library_are_known_by_their_name(bench: Bench, capfd, name: str):
+    given = f"{{config: '', method: '', weights: '{name}'}}"
+    assert bench.run("initialisations.ce", given, dry_run=True) == 0
+    assert f"convert_to_d2.py {name} --output" in capfd.readouterr().out
+    assert bench.run("initialisations.ce", given) == 0
+    converted = [call for call in bench.calls() if call[0] == "convert_to_d2"]
+    assert [name, "--output", f"{bench.root}/weights/ce_d2.pth"] in [c[1:] for c in converted]
+    assert bench.run("initialisations.ce", given) == 0
+    assert bench.calls() == []
+    other = given.replace(name, "timm:resnet26")
+    assert bench.run("initialisations.ce", other) == 0
+    assert "the recipe has changed: weights: " + name in capfd.readouterr().out
+    assert bench.tools_called() == ["convert_to_d2 ce_d2.pth", "train_net ce-s1"]
 
 
 def test_missing_weights_are_said_before_anything_runs(bench: Bench):
