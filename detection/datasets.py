@@ -33,6 +33,7 @@ class Split:
     has_rle: bool  # a non-crowd mask is run-length encoded, which needs MASK_FORMAT "bitmask"
     keypoints: tuple[str, ...] = ()  # their names, where objects have some
     kind: str = "coco"  # whose rules judge it: "coco", "lvis", "voc", "cityscapes"
+    without_mask: int | None = None  # id of the first annotation for which has_masks is false
 
     @property
     def catalog_name(self) -> str:
@@ -55,6 +56,8 @@ def open_pair(
     categories = {entry["id"]: entry["name"] for entry in content["categories"]}
     _check_references(json_path, content, categories)
     objects = [a for a in content["annotations"] if not a.get("iscrowd", 0)]
+    masked = objects if split == "train" else content["annotations"]
+    without_mask = next((a["id"] for a in masked if not a.get("segmentation")), None)
     pair = Split(
         name=name or _default_name(json_path),
         split=split,
@@ -63,12 +66,11 @@ def open_pair(
         classes=tuple(categories[key] for key in sorted(categories)),
         num_images=len(content["images"]),
         num_objects=len(objects),
-        has_masks=all(
-            a.get("segmentation") for a in (objects if split == "train" else content["annotations"])
-        ),
+        has_masks=without_mask is None,
         has_rle=any(isinstance(a.get("segmentation"), dict) for a in objects),
         keypoints=tuple(content["categories"][0].get("keypoints", ())),
         kind=kind,
+        without_mask=without_mask,
     )
     _check_images(pair, content["images"])
     return pair

@@ -279,8 +279,9 @@ def _fit_to_data(cfg: CfgNode, train: tuple[Split, ...], val: Split, notes: list
         if not pair.num_objects and pair.split == "train":
             raise InputError(f"{pair.json} has no object to learn from")
         if cfg.MODEL.MASK_ON and pair.num_objects and not pair.has_masks:
+            which = f", annotation {pair.without_mask} first" * (pair.without_mask is not None)
             raise InputError(
-                f"{pair.json} has boxes without masks; use a box protocol "
+                f"{pair.json} has boxes without masks{which}; use a box protocol "
                 "(detection/faster_rcnn_R50_FPN_1x.yaml) or MODEL.MASK_ON False"
             )
         if cfg.MODEL.KEYPOINT_ON and not pair.keypoints:

@@ -78,6 +78,7 @@ def test_data_have_masks_where_every_object_has_one(
     _edit(pair[0], change)
     splits = [datasets.open_pair(*pair, split=split) for split in ("train", "val")]
     assert [split.split for split in splits if split.has_masks] == masks
+    assert all(split.has_masks or split.without_mask == 4 for split in splits)
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2]", "{", '"images"'])
