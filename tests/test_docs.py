@@ -90,6 +90,21 @@ def test_the_detection_table_is_that_of_its_rows() -> None:
         assert source == said(choose(rows, init, lambda r: r.step == "pretrain"), 1)
 
 
+def test_two_judges_of_one_file_of_detections_agree() -> None:
+    judges = {"pycocotools": "results.jsonl", "hotcoco": "hotcoco.jsonl"}
+    found = {}
+    for (name, *cells), (judge, file) in zip(table("coco_mini"), judges.items(), strict=True):
+        rows = read_rows(DOCS / "coco_mini" / file)
+        assert {row.details["coco_backend"] for row in rows} == {name} == {judge}
+        found[judge] = {row.metric: row.value or 0.0 for row in rows}
+        printed = [
+            f"{task}/{metric}" for task in ("bbox", "segm") for metric in ("AP", "AP50", "APl")
+        ]
+        assert cells == [f"{found[judge][metric]:.4f}" for metric in printed]
+    assert found["pycocotools"] == pytest.approx(found["hotcoco"], abs=1e-8)
+    assert len(found["hotcoco"]) == 12
+
+
 def test_the_timelines_table_is_that_of_its_rows() -> None:
     (data,) = gather(read_rows(DOCS / "timeline/rows.jsonl")).values()
     found = {(c.metric, c.dataset, c.split, c.init): c for c in courses(data)}
