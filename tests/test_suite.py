@@ -360,7 +360,7 @@ def test_interrupted_it_lets_the_step_save_and_goes_on_the_next_time(bench: Benc
     (bench.tools / "hang-random-s1").touch()
     process = start(bench)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert process.returncode != 0
     assert (bench.root / "quick/random-s1/saved").read_text() == "in time"
     (bench.tools / "hang-random-s1").unlink()
@@ -377,7 +377,7 @@ def test_a_killed_runner_leaves_a_lock_with_the_step_that_it_has_left_behind(ben
     (bench.tools / "hang-random-s1").touch()
     process = start(bench)
     process.kill()
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     with pytest.raises(InputError, match="is in use by another benchmark"):
         bench.run()
     for pid in _processes_with(str(bench.root / "quick/random-s1")):
@@ -427,7 +427,7 @@ def test_an_interruption_ends_all_children_and_the_next_call_goes_on(bench: Benc
         (bench.tools / f"hang-{init}-s1").touch()
     process = start(bench, jobs=2, hanging=("random", "ce"))
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     for init in ("random", "ce"):
         assert (bench.root / f"quick/{init}-s1/saved").read_text() == "in time"
         (bench.tools / f"hang-{init}-s1").unlink()
