@@ -62,15 +62,17 @@ def rows_of(page: str) -> list[ResultRow]:
     return sorted(latest(read_rows(DOCS / page / "results.jsonl")), key=lambda row: row.seed)
 
 
-def test_the_linear_probes_table_is_that_of_its_rows() -> None:
+def test_the_transfer_table_is_that_of_its_rows() -> None:
     rows = rows_of("subset")
     assert [cells[0] for cells in table("subset")] == list(SUBSET)
-    for name, _, cifar, flowers, source in table("subset"):
+    places = [(p, d) for p in ("linear", "finetune") for d in ("cifar10", "flowers17_128")]
+    for name, _, *cells, source in table("subset"):
         init = SUBSET[name]
-        for printed, dataset in ((cifar, "cifar10"), (flowers, "flowers17_128")):
+        for printed, (protocol, dataset) in zip(cells, places, strict=True):
             expected = choose(
-                rows, init, lambda r, d=dataset: r.protocol.startswith("linear") and r.dataset == d
-            )
+                rows, init,
+                lambda r, p=protocol, d=dataset: r.protocol.startswith(p) and r.dataset == d,
+            )  # fmt: skip
             assert printed == said(expected, 2)
         assert source == said(choose(rows, init, lambda r: r.step == "pretrain"), 2)
 
