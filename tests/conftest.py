@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of small real data (COCO, CIFAR, flowers); skips where there is none."""
-    folder = Path(os.environ.get("TRANSFER_SUITE_DATA", ROOT.parent / "shared" / "data"))
+    folder = Path(os.environ.get("TRANSFER_SUITE_DATA") or ROOT.parent / "shared" / "data")
     if not folder.is_dir():
         pytest.skip(f"no small real data: {folder} does not exist (set TRANSFER_SUITE_DATA)")
     return folder
