@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -204,22 +205,40 @@ def test_every_command_of_readme_works(stand_ins: dict[str, str]) -> None:
     assert set(commands) == set(TOY)
     environment = {**os.environ, "PYTHON": sys.executable, "DETECTRON2_DATASETS": "/nowhere"}
     environment["PATH"] = stand_ins["slurm"] + os.pathsep + environment["PATH"]
-    for command in commands:
-        if "slurm" in command and importlib.util.find_spec("submitit") is None:
-            continue
-        replaced, more = TOY[command]
-        toy = command
-        for old, new in replaced.items():
-            assert old in toy, f"{old} is not in {command}"
-            toy = toy.replace(old, new)
-        words = shlex.split(f"{toy} {more}".format(**stand_ins))
-        if words[0].endswith(".py"):
-            words.insert(0, sys.executable)
-        result = subprocess.run(
-            words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-        )
-        said = result.stdout[-1500:] + result.stderr[-3000:]
-        assert result.returncode == 0, f"{shlex.join(words)}\n{said}"
+    if importlib.util.find_spec("submitit") is None:
+        commands = [command for command in commands if "slurm" not in command]
+    futures: list[Future[None]] = []
+    before: dict[str, list[Future[None]]] = {}  # those that read or write a folder of the runs
+    with ThreadPoolExecutor(2) as pool:
+        for command in commands:
+            words = _toy_words(command, stand_ins)
+            folders = set(re.findall(re.escape(stand_ins["runs"]) + r"/\w+", " ".join(words)))
+            waits = [future for folder in folders for future in before.get(folder, [])]
+            future = pool.submit(_run, words, environment, waits)
+            futures.append(future)
+            for folder in folders:
+                before.setdefault(folder, []).append(future)
+    for future in futures:
+        future.result()
+
+
+def _toy_words(command: str, stand_ins: dict[str, str]) -> list[str]:
+    replaced, more = TOY[command]
+    for old, new in replaced.items():
+        assert old in command, f"{old} is not in {command}"
+        command = command.replace(old, new)
+    words = shlex.split(f"{command} {more}".format(**stand_ins))
+    return [sys.executable, *words] if words[0].endswith(".py") else words
+
+
+def _run(words: list[str], environment: dict[str, str], waits: list[Future[None]]) -> None:
+    for future in waits:  # submitted earlier, so that they are done or under way
+        future.result()
+    result = subprocess.run(
+        words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    said = result.stdout[-1500:] + result.stderr[-3000:]
+    assert result.returncode == 0, f"{shlex.join(words)}\n{said}"
 
 
 @pytest.mark.parametrize("command", [c for c in readme_commands() if c.startswith("make")])
