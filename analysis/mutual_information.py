@@ -59,10 +59,10 @@ class Settings:
             if value not in known:
                 raise ValueError(f"{value!r} is not one of {', '.join(known)}")
         sizes = (self.hidden, self.iterations, self.embedding, self.evaluations, self.batch - 1)
-        if min(*sizes, self.marginal_draws) < 1 or self.lr <= 0:
-            raise ValueError("sizes and counts must be at least 1 (batch: 2), and lr positive")
-        if not 0 < self.ema_rate < 1 or self.clip <= 0:
-            raise ValueError("ema_rate must lie between 0 and 1, and clip be positive")
+        if min(*sizes, self.marginal_draws) < 1:
+            raise ValueError("sizes and counts must be at least 1 (batch: 2)")
+        if min(self.lr, self.clip, self.ema_rate) <= 0 or self.ema_rate >= 1:
+            raise ValueError("lr, clip and ema_rate must be positive, and ema_rate below 1")
         if min(self.held_out, self.validation) <= 0 or self.held_out + self.validation >= 1:
             raise ValueError("held_out and validation must be positive and leave pairs to train on")
 
@@ -159,8 +159,8 @@ class PairCritic(nn.Module):
     def _project(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if rows.is_floating_point():
             return _linear(rows, weight, bias, self.alone)
-        picked = F.embedding(rows, weight.t())  # labels pick columns, as their one-hot rows would
-        return picked if bias is None else picked + bias
+        # Labels pick columns, as their one-hot rows would.
+        return F.embedding(rows, weight.t()) + (0 if bias is None else bias)
 
     def _score(self, first: Tensor) -> Tensor:
         hidden = first.relu_()

@@ -5,7 +5,6 @@ that should be there and is not can be told from one that a training still has t
 """
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from core.checkpoint import Facts, load_checkpoint
 from core.config import read_yaml
 from core.errors import InputError
+from core.loop import saved_epochs
 from core.results import sha256_of
 
 
@@ -116,9 +116,7 @@ def schedule_of(config: dict[str, Any]) -> Schedule:
         step = int(config["loop"]["save_every"])
     except (KeyError, TypeError, ValueError):
         return Schedule()
-    total = sum(stages)
-    ends = itertools.accumulate(stages)
-    saved = sorted({0, *ends, *range(0, total + 1, max(1, step))})
+    saved = saved_epochs(stages, max(1, step))
     return Schedule(tuple(saved), stages[0] if len(stages) > 1 and stages[1] else None)
 
 

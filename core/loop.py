@@ -8,7 +8,7 @@ import itertools
 import math
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ from core.watch import LossWatch, StopRequests
 
 __all__ = ["LoopConfig", "NonFiniteLoss", "Objective", "Stage", "Stopped", "train"]
 
+# keys of LoopConfig that no weight depends on
+WITHOUT_EFFECT = ("device", "timeout", "save_every", "resume_every", "eval_every", "log_every")
+
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
@@ -39,9 +42,7 @@ class LoopConfig:
     amp: str = "none"  # none, bf16, fp16 autocast, or auto (core.amp); losses stay in float32
     channels_last: bool = True  # memory format of images and weights; faster convolutions
     sync_bn: bool = False  # BatchNorm statistics over all ranks (GPUs only)
-    save_every: int = (
-        10  # epochs between checkpoints; those of epoch 0 and of a stage's end come anyway
-    )
+    save_every: int = 10  # epochs between checkpoints; see saved_epochs
     resume_every: int = 0  # steps between resume states inside an epoch; 0: at each epoch's end
     eval_every: int = 0  # epochs between evaluations; 0: only at the end
     log_every: int = 20  # steps between lines of log.jsonl
@@ -125,8 +126,8 @@ def train(
     check(config, len(dataset))
     trainer = Trainer(objective, config, run_dir, seed, device, fingerprint)
     position = trainer.restore() if resume_run else trainer.begin(hooks)
-    ends = list(itertools.accumulate(stage.epochs for stage in trainer.stages))
-    total_epochs = ends[-1]
+    epochs_of = [stage.epochs for stage in trainer.stages]
+    total_epochs, saved = sum(epochs_of), saved_epochs(epochs_of, config.save_every)
     ranks = (dist.rank(), dist.world_size())
     sampler = EpochSampler(len(dataset), config.batch_size, seed, *ranks, dataset.blocks)
     loader = training_loader(dataset, sampler, workers=workers)
@@ -163,7 +164,7 @@ def train(
             watch.flush()
             trainer.finish_epoch(position)
             finished, is_end = position.epoch, position.epoch == total_epochs
-            if finished in ends or finished % config.save_every == 0:
+            if finished in saved:
                 trainer.on_main(hooks.save_weights, finished)
             if is_end or (config.eval_every and finished % config.eval_every == 0):
                 evaluated = hooks.evaluate(finished)
@@ -311,6 +312,17 @@ class Trainer:
                 if isinstance(module, nn.modules.batchnorm._NormBase):
                     for buffer in module.buffers():
                         torch.distributed.broadcast(buffer, 0)
+
+
+def saved_epochs(stages: Sequence[int], every: int) -> list[int]:
+    """Return the epochs whose weights are saved, ascending: 0, each stage's end, every so many.
+
+    Args:
+        stages: epochs of each stage.
+        every: a checkpoint's period in epochs.
+    """
+    ends = list(itertools.accumulate(stages))
+    return sorted({*range(0, ends[-1] + 1, every), *ends})
 
 
 def check(config: LoopConfig, images: int | None = None) -> None:

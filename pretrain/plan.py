@@ -3,7 +3,7 @@
 The time is that of an earlier run beside this one, of the same recipe on as many processes.
 """
 
-import itertools
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from core import dist, resume
 from core.config import load_config, to_dict
 from core.disk import Disk, Files, free_bytes
 from core.errors import InputError
-from core.loop import Objective
+from core.loop import Objective, saved_epochs
 from core.progress import format_seconds
 from core.results import ROWS_FILE, read_rows
 from pretrain import run
@@ -52,8 +52,9 @@ def expected_time(config: PretrainConfig, folder: Path) -> str:
             if not any(r.step == "pretrain" and here.items() <= r.details.items()
                        for r in read_rows(file)):  # fmt: skip
                 continue
-            before = to_dict(load_config(PretrainConfig, file.parent / run.CONFIG))
-            if run.fingerprint_of(before | {"seed": config.seed}) != run.fingerprint(config):
+            before = load_config(PretrainConfig, file.parent / run.CONFIG)
+            alike = dataclasses.replace(before, seed=config.seed)
+            if run.fingerprint(alike) != run.fingerprint(config):
                 continue
             seconds = trained_seconds(file.parent / resume.LOG, config.loop.batch_size)
         except (InputError, OSError, ValueError, KeyError):  # another version, or damaged
@@ -85,10 +86,9 @@ def disk(config: PretrainConfig, folder: Path, objective: Objective, images: int
     state = weights + (momentum if config.loop.momentum else 0)
     if config.method == "ctc":
         state += max(_stage_bytes(config.ctc, images, weights))
-    ends = list(itertools.accumulate(stage.epochs for stage in objective.stages()))
-    kept = {0, *ends, *range(0, ends[-1], config.loop.save_every)}
+    kept = saved_epochs([stage.epochs for stage in objective.stages()], config.loop.save_every)
     files = [Files(len(kept), "checkpoint", weights)]
-    if ends[-1]:
+    if kept[-1]:
         files.append(Files(3, "resume state", state))
     return Disk(tuple(files), free_bytes(folder))
 

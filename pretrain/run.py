@@ -44,7 +44,7 @@ CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"  # in a run folder
 WITHOUT_EFFECT: dict[
     str, tuple[str, ...]
 ] = {  # keys that a resume may change: no weight depends on them
-    "loop": ("device", "timeout", "save_every", "resume_every", "eval_every", "log_every"),
+    "loop": loop.WITHOUT_EFFECT,
     "data": ("workers", "root"),
     "": ("recipe", "init"),
 }
@@ -229,11 +229,7 @@ def write_config(config: PretrainConfig, folder: Path) -> None:
 
 def fingerprint(config: PretrainConfig) -> str:
     """Return a hash of everything in a recipe that its weights depend on."""
-    return fingerprint_of(to_dict(config))
-
-
-def fingerprint_of(content: dict[str, Any]) -> str:
-    """Return the fingerprint of a recipe that is given as nested values, which it takes apart."""
+    content = to_dict(config)
     for group, keys in WITHOUT_EFFECT.items():
         for key in keys:
             del (content[group] if group else content)[key]

@@ -43,6 +43,15 @@ def test_a_run_folder_holds_what_the_next_steps_read(
         assert row.weights_path == str(path)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["ce", "ctc"])
+def test_a_run_on_a_gpu_ends_with_its_row(tmp_path: Path, tiny_npz: Path, method: str) -> None:
+    pretrain(_config(tiny_npz, method, "loop.device", "cuda"), tmp_path / "run")
+    (row,) = read_rows(tmp_path / "run/results.jsonl")
+    assert row.details["device"] == "cuda"
+    assert 0.0 <= (row.value or 0.0) <= 100.0
+
+
 def test_the_end_of_stage_1_is_saved_whatever_the_period(tmp_path: Path, tiny_npz: Path) -> None:
     """It is the information bank's network, which no other file holds."""
     config = _config(tiny_npz, "ctc", "loop.save_every", "3")

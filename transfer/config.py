@@ -8,7 +8,7 @@ from core.config import to_dict
 from core.datasets import DataConfig
 from core.errors import InputError
 from core.features import DTYPES
-from core.loop import LoopConfig
+from core.loop import WITHOUT_EFFECT, LoopConfig
 from transfer import finetune, linear
 from transfer.finetune import FinetuneConfig
 from transfer.linear import LinearConfig
@@ -71,7 +71,7 @@ READ_BY: dict[str, tuple[str, ...]] = {  # the groups of keys that a method's nu
 NEUTRAL = {  # of them, the keys that make no other recipe: where it runs, and what rows say anyway
     "data": ("name", "root", "image_size", "limit", "workers"),
     "features": ("batch_size", "cache"),
-    "loop": ("device", "timeout", "save_every", "resume_every", "eval_every", "log_every"),
+    "loop": WITHOUT_EFFECT,
 }
 
 
