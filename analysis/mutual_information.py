@@ -14,6 +14,9 @@ A critic f(x, y) is trained to tell the joint distribution from the product of i
 Protocol ``held-out``: the critic learns on one part of the pairs, a second chooses the iteration,
 and the value is read on a third: a lower bound that over-fitting cannot lift. ``released`` (the
 paper's code): no split, the mean of the last values on the training pairs; for comparison only.
+A falling rate brings held-out values closer to the truth: what a constant one leaves in the weights
+is noise, and every error of the critic lowers the bound. InfoNCE over N pairs stays below I even
+with the best critic, and the more the larger I is: by 0.18 nat of 4.1 at N = 1,000.
 """
 
 import dataclasses
@@ -26,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 ESTIMATORS, PROTOCOLS = ("mine", "smile", "infonce"), ("held-out", "released")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -41,6 +45,7 @@ class Settings:
     iterations: int = 10_000
     batch: int = 5_000  # joint pairs a step, and as many marginal ones
     lr: float = 8e-5  # of Adam; the released code has 1e-5 for I(T;Y)
+    decay: bool = True  # lr falls to 0 along half a cosine; false (the released code): constant
     init_std: float = 0.02  # of the hidden weights; 0: PyTorch's own initialisation
     ema_rate: float = 0.01  # mine: rate of the moving average that debiases the gradient
     clip: float = 5.0  # smile: τ, nat
@@ -68,7 +73,7 @@ class Settings:
 
 
 HELD_OUT = Settings()
-RELEASED_XT = Settings(protocol="released", standardise=False)
+RELEASED_XT = Settings(protocol="released", standardise=False, decay=False)
 RELEASED_TY = dataclasses.replace(RELEASED_XT, lr=1e-5, iterations=20_000)
 
 
@@ -265,6 +270,7 @@ class _Trainer:
         self.stacked, _ = stack_module_state([self.critic] * self.jobs)
         trained = self.stacked.values() if self.jobs > 1 else self.critic.parameters()
         self.optimiser = torch.optim.Adam(trained, lr=settings.lr, fused=True)
+        self.schedule = CosineAnnealingLR(self.optimiser, settings.iterations)
         self.generator = torch.Generator(x.device).manual_seed(seed)
         self.log_average = torch.zeros(self.jobs, device=x.device)  # of E_q[exp f]; starts at 1
 
@@ -276,6 +282,8 @@ class _Trainer:
         self.optimiser.zero_grad()
         loss.sum().backward()
         self.optimiser.step()
+        if self.settings.decay:
+            self.schedule.step()
         return value.detach()
 
     @torch.no_grad()

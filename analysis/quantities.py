@@ -31,12 +31,14 @@ QUANTITIES = (*PER_SPLIT, *PER_DATASET, *INFORMATION)
 
 
 def _held_out(settings: Settings, **changes: Any) -> Settings:
-    return dataclasses.replace(settings, protocol="held-out", standardise=True, **changes)
+    return dataclasses.replace(
+        settings, protocol="held-out", standardise=True, decay=True, **changes
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Information:
-    """How mutual informations are estimated; critics and lengths are the released code's."""
+    """How mutual informations are estimated; critics, lr and lengths are the released code's."""
 
     estimators: list[str] = dataclasses.field(default_factory=lambda: ["mine"])
     seeds: list[int] = dataclasses.field(default_factory=lambda: [0, 1, 2])
