@@ -60,7 +60,7 @@ def _measure(sizes: Sizes, precision: str) -> tuple[float, float, list[str]]:
         ours = min(ours, _timed(lambda: estimate(x, y, "mine", settings)))
     held_out = Settings(
         hidden=sizes.checked_hidden, batch=sizes.checked_batch, lr=5e-4, evaluations=15,
-        iterations=sizes.checked_iterations,
+        iterations=sizes.checked_iterations, decay=False,
     )  # fmt: skip
     found = {
         name: estimate(x, y, "mine", dataclasses.replace(held_out, precision=name), (0, 1, 2))
