@@ -14,8 +14,6 @@ from analysis.clustering import NORMALISATION, cluster_nmi
 from analysis.features import effective_rank, feature_norm
 from analysis.mutual_information import (
     ESTIMATORS,
-    RELEASED_TY,
-    RELEASED_XT,
     Estimate,
     Settings,
     estimate_jobs,
@@ -30,12 +28,6 @@ INFORMATION = ("mi_xt", "mi_ty", "h_t")  # over neighbouring epochs at once
 QUANTITIES = (*PER_SPLIT, *PER_DATASET, *INFORMATION)
 
 
-def _held_out(settings: Settings, **changes: Any) -> Settings:
-    return dataclasses.replace(
-        settings, protocol="held-out", standardise=True, decay=True, **changes
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class Information:
     """How mutual informations are estimated; critics, lr and lengths are the released code's."""
@@ -47,10 +39,10 @@ class Information:
     side: int = 32  # X is the image averaged down to this side, pixels; 0: as the network sees it
     epochs_at_once: int = 8  # critics trained side by side on a GPU; a CPU has nothing to gain
     reference_epoch: int = -1  # H(T): whose features are T1; −1: the end of stage 1, or the last
-    xt: Settings = dataclasses.field(default_factory=lambda: _held_out(RELEASED_XT))
-    ty: Settings = dataclasses.field(default_factory=lambda: _held_out(RELEASED_TY))
+    xt: Settings = dataclasses.field(default_factory=Settings)
+    ty: Settings = dataclasses.field(default_factory=lambda: Settings(lr=1e-5, iterations=20_000))
     ht: Settings = dataclasses.field(  # InfoNCE; nothing is published, so this is own choice
-        default_factory=lambda: _held_out(RELEASED_XT, batch=1000, iterations=5000, lr=3e-4)
+        default_factory=lambda: Settings(batch=1000, iterations=5000, lr=3e-4)
     )
 
 

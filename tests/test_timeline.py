@@ -15,12 +15,13 @@ from PIL import Image
 from analysis import timeline as timeline_module
 from analysis.costs import expected_cost
 from analysis.features import Extraction
-from analysis.mutual_information import Settings
+from analysis.mutual_information import RELEASED_XT, Settings
 from analysis.quantities import QUANTITIES, Information, measure_information
 from analysis.retrieval import recall_at_1
 from analysis.survey import schedule_of, survey
 from analysis.timeline import Timeline, TimelineConfig, summary
 from core.checkpoint import Facts, save_checkpoint
+from core.config import load_config
 from core.datasets import DataConfig, IndexedDataset
 from core.errors import InputError
 from core.resnet import create_model
@@ -379,3 +380,13 @@ def test_the_tool_walks_draws_and_reports_what_was_unreadable(
     assert (run / "figures" / "tradeoff_ctc.png").exists()
     status, _, told = call_tool(*command, "information.xt.batch", "1")
     assert (status, "batch" in told) == (2, True)
+
+
+def test_the_released_recipe_has_the_released_codes_settings() -> None:
+    """No split, no standardising, a constant rate: a key left out would be ours."""
+    name = "analysis/timeline_cifar100_released.yaml"
+    information = load_config(TimelineConfig, name).information
+    assert information.xt == RELEASED_XT
+    assert information.ty == dataclasses.replace(RELEASED_XT, lr=1e-5, iterations=20_000)
+    ours = load_config(TimelineConfig, name.replace("_released", "")).information
+    assert (ours.xt, ours.ty, ours.ht) == (Information().xt, Information().ty, Information().ht)
