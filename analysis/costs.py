@@ -19,11 +19,11 @@ from analysis.mutual_information import Settings, estimate
 from analysis.quantities import measure_probe, measure_split
 from analysis.survey import Epoch
 from analysis.timeline import ALL, Timeline, Unit
-from core.amp import autocast
-from core.checkpoint import load_checkpoint
 from core.errors import UnreadableImage
-from core.features import all_unreadable
 from core.results import ROWS_FILE, read_rows
+from models.amp import autocast
+from models.checkpoint import load_checkpoint
+from models.features import all_unreadable
 
 TRIAL = 2000  # images of a trial, at most
 STEPS = 3  # critic steps of a trial

@@ -1,4 +1,4 @@
-"""What a run's network makes of a data set: features through ``core.features``, images as X.
+"""What a run's network makes of a data set: features through ``models.features``, images as X.
 
 Shapes: ``N`` images, ``D`` embedding, ``S`` side of the network's images, ``s`` side of X.
 """
@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.checkpoint import Checkpoint
-from core.datasets import DataConfig, IndexedDataset, evaluation_loader, normalise, open_dataset
 from core.errors import InputError
-from core.features import CACHE_DIR, InputSpec, cached
-from core.resnet import ResNet, create_model
+from data.datasets import DataConfig, IndexedDataset, evaluation_loader, normalise, open_dataset
+from models.checkpoint import Checkpoint
+from models.features import CACHE_DIR, InputSpec, cached
+from models.resnet import ResNet, create_model
 
 BLOCK = 512  # images that are read at a time
 
@@ -23,7 +23,7 @@ class Extraction:
     """How features are computed; none of it changes them beyond rounding."""
 
     batch_size: int = 256  # images a step
-    amp: str = "none"  # autocast of the forward pass: none, bf16, fp16, auto (core.amp)
+    amp: str = "none"  # autocast of the forward pass: none, bf16, fp16, auto (models.amp)
     workers: int = 0  # processes that decode images
     cache: bool = True  # keep features under runs/.cache, named by a hash of their content
 

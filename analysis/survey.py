@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from core.checkpoint import Facts, load_checkpoint
 from core.config import read_yaml
 from core.errors import InputError
-from core.loop import saved_epochs
 from core.results import sha256_of
+from models.checkpoint import Facts, load_checkpoint
+from training.loop import saved_epochs
 
 
 @dataclasses.dataclass(frozen=True)

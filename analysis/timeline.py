@@ -27,11 +27,11 @@ from analysis.quantities import (
 )
 from analysis.survey import Epoch, Survey, survey
 from core import dist
-from core.checkpoint import Checkpoint, load_checkpoint
 from core.config import to_dict
-from core.datasets import DataConfig, IndexedDataset, report_split
 from core.errors import InputError
 from core.results import ROWS_FILE, ResultRow, append_rows, config_hash, read_rows
+from data.datasets import DataConfig, IndexedDataset, report_split
+from models.checkpoint import Checkpoint, load_checkpoint
 from transfer.linear import LinearConfig
 
 ALL = "all"  # the split that is train and test together

@@ -19,15 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core import amp
-from core.loop import Hooks, LoopConfig, Trainer
-from core.resnet import create_model
+from models import amp
+from models.resnet import create_model
 from pretrain import losses
 from pretrain.attention import bank_instance_loss
 from pretrain.memory import MemoryBank
 from pretrain.objectives import CTC
 from pretrain.recipe import CTCConfig, StageConfig
 from pretrain.terms import BankOptions, PreservationOptions, PreservationTerm
+from training.loop import Hooks, LoopConfig, Trainer
 
 B, D, TAU, CLASSES = 64, 128, 0.1, 100
 Measured = tuple[float, float, list[str]]

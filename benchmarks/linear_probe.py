@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.datasets import DataConfig, IndexedDataset, normalise, open_dataset
-from core.features import extract
-from core.resnet import ResNet, create_model
+from data.datasets import DataConfig, IndexedDataset, normalise, open_dataset
+from models.features import extract
+from models.resnet import ResNet, create_model
 from transfer.linear import linear_probe
 
 T = TypeVar("T")

@@ -18,10 +18,10 @@ from convert.reading import read
 from convert.recognise import Recognition, recognise
 from convert.refusals import reason_of_name
 from convert.sources import AUTHOR, Convention
-from core.checkpoint import VERSION, is_ours
 from core.errors import InputError
-from core.resnet import ARCHITECTURES
 from core.results import sha256_of
+from models.checkpoint import VERSION, is_ours
+from models.resnet import ARCHITECTURES
 
 KEPT = ("method", "epoch", "seed", "dataset", "image_size", "num_classes", "config", "code")
 STATED = ("arch", "mean", "std", "channel_order", "stride_in_1x1")
@@ -193,7 +193,7 @@ def _facts_of(content: Any) -> dict[str, Any]:
     if absent:
         raise ValueError(f"its facts lack {', '.join(absent)}: it is damaged")
     facts = dict(facts)
-    if is_ours(content):  # core.checkpoint.Facts has RGB on 0…1
+    if is_ours(content):  # models.checkpoint.Facts has RGB on 0…1
         for key in ("mean", "std"):
             facts[key] = [round(float(value) * 255, 4) for value in facts[key]]
     return facts

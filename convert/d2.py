@@ -18,8 +18,8 @@ from typing import Any
 from convert import layouts, names, zoo
 from convert.backbone import Backbone, read_backbone
 from convert.sources import AUTHOR, BY_NAME, WRAPPERS, Convention
-from core.checkpoint import load_plain, save_atomically
 from core.errors import InputError
+from models.checkpoint import load_plain, save_atomically
 
 TARGETS = ("detectron2", "torchvision")
 SUFFIXES = (".pth.tar", ".pth", ".pt", ".pkl", ".pickle", ".ckpt", ".torch", ".tar", ".bin",

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from convert.pickles import read_pickle
-from core.checkpoint import load_plain, verify_file
 from core.errors import InputError
+from models.checkpoint import load_plain, verify_file
 
 PICKLES = (".pkl", ".pickle")
 

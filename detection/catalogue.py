@@ -68,7 +68,7 @@ def open_named(name: str, shapes: dict[str, Any], scratch: Path | None = None) -
 
 def open_shapes(split: str, shapes: dict[str, Any], scratch: Path | None = None) -> Split:
     """Draw one split of the embedded data, unless it is there already, and open it."""
-    from core.shapes_coco import place, write_coco
+    from data.shapes.scenes import place, write_coco
 
     key = {"n": shapes[f"{split.upper()}_IMAGES"], "size": shapes["SIZE"], "seed": shapes["SEED"]}
     folder = ROOT / "datasets"

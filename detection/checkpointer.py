@@ -18,10 +18,10 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from core.checkpoint import atomic_file, load_plain, newest_valid, save_atomically
 from core.errors import InputError
 from detection.loader import EndlessBatches, Record
 from detection.logs import say
+from models.checkpoint import atomic_file, load_plain, newest_valid, save_atomically
 
 NUMBERED = re.compile(r"model_(\d{7})\.pth")
 FINAL = "model_final.pth"

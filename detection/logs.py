@@ -18,8 +18,8 @@ from typing import Any
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, get_event_storage
 
-from core.checkpoint import atomic_file
 from core.errors import InputError
+from models.checkpoint import atomic_file
 
 LINES_OF_A_LOG = ("detectron2.utils.events", "detectron2.evaluation.evaluator")
 SPEAKERS = ("detectron2", "fvcore", "detection")

@@ -2,7 +2,7 @@
 
 Shapes: N images, S side in pixels, C channels of a stage.
 
-The source's features come from ``core.resnet`` with the tensors as they were read; detectron2's
+The source's features come from ``models.resnet`` with the tensors as they were read; detectron2's
 from its ``build_resnet_backbone`` and its own checkpointer, out of the written file, with mean,
 std, channel order and stride taken from the facts in that file. So one number per stage covers the
 rename, the facts, the file and the way a detector will load it.
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from convert.backbone import Backbone
 from convert.layouts import BLOCKS, STEM_CHANNELS, Layout, layout_of
 from convert.sources import Convention
-from core.checkpoint import load_plain
 from core.errors import InputError
-from core.resnet import ARCHITECTURES, Architecture, ResNet, create_model
+from models.checkpoint import load_plain
+from models.resnet import ARCHITECTURES, Architecture, ResNet, create_model
 
 TOLERANCE = 1e-5
 FACTS = ("arch", "mean", "std", "channel_order", "stride_in_1x1")

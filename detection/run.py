@@ -19,7 +19,6 @@ from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.events import TensorboardXWriter
 
-from core.checkpoint import atomic_file
 from core.errors import InputError
 from core.results import ROWS_FILE, ResultRow, append_rows, read_rows
 from detection import catalogue, signals
@@ -35,6 +34,7 @@ from detection.saved import DATASET_FILE
 from detection.scores import as_metrics, result_rows, table
 from detection.trainer import NotFiniteError, Trainer, add_hooks, build, build_detector, seed_torch
 from detection.weights import load_into, read_weights
+from models.checkpoint import atomic_file
 
 
 def run(request: Request) -> int:

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from convert import d2
 from convert.pickles import read_pickle
 from convert.reading import PICKLES
-from core import checkpoint
 from core.errors import InputError
 from core.results import sha256_of
 from detection.cfg import set_norms
+from models import checkpoint
 
 BACKBONE = re.compile(r"^(?:backbone\.bottom_up\.|backbone\.)?((?:stem|res[2-5]\.\d+)\..+)$")
 HEADS = ("proposal_generator.", "roi_heads.", "head.", "backbone.fpn_", "sem_seg_head.")

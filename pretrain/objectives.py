@@ -11,8 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.errors import InputError
-from core.loop import Objective
-from core.schedule import Stage
 from pretrain.recipe import (
     CEConfig,
     CTCConfig,
@@ -23,13 +21,15 @@ from pretrain.recipe import (
     ctc_stages,
 )
 from pretrain.terms import BankOptions, InstanceTerm, PreservationOptions, PreservationTerm
+from training.loop import Objective
+from training.schedule import Stage
 
 
 class CrossEntropy(Objective):
     """Cross-entropy alone: {"loss_ce"}.
 
     Args:
-        model: with ``forward_features`` and ``forward_head``, as core.resnet's.
+        model: with ``forward_features`` and ``forward_head``, as models.resnet's.
     """
 
     def __init__(self, model: nn.Module, config: CEConfig) -> None:

@@ -10,17 +10,18 @@ from typing import Any
 
 import yaml
 
-from core import dist, resume
+from core import dist
 from core.config import load_config, to_dict
 from core.disk import Disk, Files, free_bytes
 from core.errors import InputError
-from core.loop import Objective, saved_epochs
 from core.progress import format_seconds
 from core.results import ROWS_FILE, read_rows
 from pretrain import run
 from pretrain.memory import DTYPES
 from pretrain.recipe import CTCConfig
 from pretrain.run import PretrainConfig
+from training import resume
+from training.loop import Objective, saved_epochs
 
 
 def plan(config: PretrainConfig, folder: Path, resume_run: bool) -> str:

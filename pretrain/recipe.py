@@ -10,10 +10,10 @@ from torch import Tensor
 
 from core import dist
 from core.errors import InputError
-from core.schedule import SCHEDULES, Stage
 from pretrain.losses import ESTIMATORS
 from pretrain.memory import DTYPES
 from pretrain.negatives import LONGEST_ORDER, pool_rows, share_of
+from training.schedule import SCHEDULES, Stage
 
 
 @dataclasses.dataclass(frozen=True)

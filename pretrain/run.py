@@ -11,21 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core import amp, checkpoint, dist, loop, resume
+from core import dist
 from core.config import load_config, save_config, to_dict
-from core.datasets import (
-    DataConfig,
-    IndexedDataset,
-    evaluation_loader,
-    normalise,
-    open_dataset,
-    report_split,
-    to_device,
-)
 from core.errors import InputError
 from core.files import ENDING, sweep
-from core.loop import Hooks, LoopConfig, Objective
-from core.resnet import ResNet, create_model, find_architecture
 from core.results import (
     ROWS_FILE,
     ResultRow,
@@ -35,8 +24,21 @@ from core.results import (
     read_rows,
     sha256_of,
 )
+from data.datasets import (
+    DataConfig,
+    IndexedDataset,
+    evaluation_loader,
+    normalise,
+    open_dataset,
+    report_split,
+    to_device,
+)
+from models import amp, checkpoint
+from models.resnet import ResNet, create_model, find_architecture
 from pretrain.objectives import CTC, CrossEntropy
 from pretrain.recipe import CEConfig, CTCConfig, check_ce, check_ctc
+from training import loop, resume
+from training.loop import Hooks, LoopConfig, Objective
 
 METHODS = ("random", "ce", "ctc")
 LARGEST_SEED = (1 << 32) - 1
@@ -57,7 +59,7 @@ class PretrainConfig:
     recipe: str = ""  # its name in result rows; the tool sets the file's
     init: str = ""  # the initialisation's name in tables; "": the method
     method: str = "ce"  # ce, ctc, or random: only the initialisation is saved, as epoch 0
-    arch: str = "resnet50"  # a key of core.resnet.ARCHITECTURES
+    arch: str = "resnet50"  # a key of models.resnet.ARCHITECTURES
     zero_init_residual: bool = False  # every residual branch starts at zero (arXiv 1706.02677, 5.1)
     seed: int = 1  # of weights, order, augmentation, negatives
     data: DataConfig = dataclasses.field(default_factory=DataConfig)

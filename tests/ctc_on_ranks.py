@@ -21,12 +21,12 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from core import dist
-from core.loop import Hooks, LoopConfig, Objective, Trainer
-from core.resume import Position
 from pretrain import losses
 from pretrain.objectives import CTC, CrossEntropy
 from pretrain.recipe import CEConfig, CTCConfig, StageConfig
 from pretrain.terms import PreservationTerm
+from training.loop import Hooks, LoopConfig, Objective, Trainer
+from training.resume import Position
 
 WORLDS = (1, 2, 4)
 N, CLASSES, B, SIDE, STEPS = 45, 3, 8, 4, 3
@@ -63,7 +63,7 @@ RUNS: dict[str, CTCConfig | None] = {
 
 
 class ToyNetwork(nn.Module):
-    """Convolution, ReLU, mean, linear: the calls of core.resnet's networks, without BatchNorm."""
+    """Convolution, ReLU, mean, linear: the calls of models.resnet's networks, without BatchNorm."""
 
     num_features = 7
 

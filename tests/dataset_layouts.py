@@ -234,7 +234,7 @@ BUILDERS = {
 
 def voc07(root: Path) -> dict[str, list[list[int]]]:
     """VOC has several labels an image: classes 0 (aeroplane) and 19 (tvmonitor) occur here."""
-    from core.readers.listed import VOC_CLASSES
+    from data.readers.listed import VOC_CLASSES
 
     base = root / "VOCdevkit" / "VOC2007"
     marks = {"train": [(1, -1), (-1, 1)], "val": [(1, 1)], "test": [(1, 0), (-1, 1), (1, -1)]}

@@ -83,7 +83,7 @@ def _arm(fault: Fault) -> None:
     """
     import torch
 
-    from core import loop, resume
+    from training import loop, resume
 
     if fault.where == "clock":
         _wrap(loop.Trainer, "step", 1, before=threading.Timer(fault.count / 1000, _kill).start)
@@ -135,9 +135,9 @@ def _half_line(log: Any, iteration: int, **figures: Any) -> None:
 
 
 def _places() -> dict[str, tuple[Any, str, str]]:
-    from core import loop, resume
     from pretrain import run as pretrain_run
     from pretrain import terms
+    from training import loop, resume
 
     return {
         "before a rename": (Path, "replace", "before"),

@@ -6,8 +6,8 @@ import zipfile
 
 import pytest
 
-from core.archives import unpack
 from core.errors import InputError
+from data.archives import unpack
 
 
 def _tar(path, **entries):

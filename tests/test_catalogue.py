@@ -3,9 +3,9 @@
 import pytest
 import torchvision
 
-from core.catalogue import DATASETS, look_up
-from core.datasets import DataConfig, open_dataset, report_split, splits_of
 from core.errors import InputError
+from data.catalogue import DATASETS, look_up
+from data.datasets import DataConfig, open_dataset, report_split, splits_of
 from tests import dataset_layouts
 from tests.dataset_layouts import BUILDERS, red
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from core import checkpoint
 from core.errors import InputError, NonFiniteLoss
-from core.resnet import create_model
+from models import checkpoint
+from models.resnet import create_model
 
 FACTS = checkpoint.Facts(
     "resnet18_cifar_w16", 3, "ce", 2, 1, "tiny", 16, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2)

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 import pytest
 
-from core.shapes_coco import write_coco
+from data.shapes.scenes import write_coco
 from tests import fake_slurm
 from tests.coco_cases import random_case, write_run
 

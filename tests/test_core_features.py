@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from core import features as module
-from core.datasets import DataConfig, open_dataset
 from core.errors import InputError
-from core.features import InputSpec, NonFiniteFeatures, cached, extract, weights_signature
-from core.resnet import create_model
+from data.datasets import DataConfig, open_dataset
+from models import features as module
+from models.features import InputSpec, NonFiniteFeatures, cached, extract, weights_signature
+from models.resnet import create_model
 
 ARCH = "resnet18_cifar_w16"
 
@@ -91,9 +91,9 @@ def test_features_do_not_depend_on_the_number_of_ranks(
     script = """
 import torch
 from core import dist
-from core.datasets import DataConfig, open_dataset
-from core.features import cached
-from core.resnet import create_model
+from data.datasets import DataConfig, open_dataset
+from models.features import cached
+from models.resnet import create_model
 dist.init("cpu")
 torch.manual_seed(0)
 model = create_model("resnet18_cifar_w16", 1)

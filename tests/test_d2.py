@@ -27,10 +27,10 @@ from convert.backbone import read_backbone
 from convert.pickles import read_pickle
 from convert.reading import read
 from convert.sources import TORCHVISION
-from core.checkpoint import Facts, save_checkpoint
 from core.errors import InputError
-from core.resnet import create_model
 from detection import parity
+from models.checkpoint import Facts, save_checkpoint
+from models.resnet import create_model
 from tests.test_sources import LAYOUTS, ON_REQUEST
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from core.config import load_config
-from core.datasets import (
+from core.errors import InputError
+from data.datasets import (
     AUGMENTATIONS,
     DataConfig,
     hold_out,
@@ -16,7 +17,6 @@ from core.datasets import (
     report_split,
     splits_of,
 )
-from core.errors import InputError
 
 
 def _npz(path, name="npz", **keys):

@@ -119,7 +119,7 @@ def test_weights_that_say_nothing_need_someone_to_vouch(tmp_path: Path, cfg: Any
 def test_a_raw_checkpoint_is_converted_on_the_way(
     tmp_path: Path, cfg: Any, shapes: dict[str, tuple[int, ...]]
 ) -> None:
-    from core.resnet import create_model
+    from models.resnet import create_model
 
     torch.manual_seed(0)
     raw = create_model("resnet18", 5).state_dict()

@@ -6,9 +6,9 @@ import cv2
 import numpy as np
 import pytest
 
-from core import drawing
-from core.drawing import FINE, SUB, TEXTURES, TURN, UNIT, Canvas
 from core.seeds import Dice
+from data.shapes import drawing
+from data.shapes.drawing import FINE, SUB, TEXTURES, TURN, UNIT, Canvas
 
 
 def _window(size):

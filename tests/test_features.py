@@ -14,10 +14,10 @@ from analysis.features import (
     open_as,
     pixels_of,
 )
-from core.checkpoint import Checkpoint, Facts, load_checkpoint, save_checkpoint
-from core.datasets import DataConfig, normalise
 from core.errors import InputError
-from core.resnet import create_model
+from data.datasets import DataConfig, normalise
+from models.checkpoint import Checkpoint, Facts, load_checkpoint, save_checkpoint
+from models.resnet import create_model
 
 CPU = torch.device("cpu")
 NO_CACHE = Extraction(batch_size=7, cache=False)

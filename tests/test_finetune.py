@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.checkpoint import load_checkpoint
-from core.datasets import DataConfig, EpochSampler, open_dataset
 from core.errors import InputError
-from core.features import InputSpec
-from core.loop import LoopConfig, NonFiniteLoss, Stage, Trainer
-from core.resnet import create_model
+from data.datasets import DataConfig, EpochSampler, open_dataset
+from models.checkpoint import load_checkpoint
+from models.features import InputSpec
+from models.resnet import create_model
+from training.loop import LoopConfig, NonFiniteLoss, Stage, Trainer
 from transfer import finetune as module
 from transfer.backbone import Backbone
 from transfer.data import Splits, SteppedDataset, fit_and_held_out, open_splits

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from core import checkpoint, resume
 from core.files import ENDING
 from core.results import read_rows
+from models import checkpoint
 from tests import faults
 from tests.faults import TINY, Fault
+from training import resume
 
 STEPS = 12  # of the tiny run: 4 epochs of 3
 

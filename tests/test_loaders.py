@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from core.datasets import DataConfig, open_dataset
 from core.errors import InputError
-from core.loaders import evaluation_loader, training_loader
-from core.sampler import EpochSampler
+from data.datasets import DataConfig, open_dataset
+from data.loaders import evaluation_loader, training_loader
+from data.sampler import EpochSampler
 
 
 @pytest.fixture

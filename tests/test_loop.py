@@ -10,10 +10,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from core import loop, resume
-from core.datasets import DataConfig, open_dataset
 from core.errors import InputError
-from core.loop import Hooks, LoopConfig, NonFiniteLoss, Objective, Stage, Stopped, Trainer, train
+from data.datasets import DataConfig, open_dataset
+from training import loop, resume
+from training.loop import (
+    Hooks,
+    LoopConfig,
+    NonFiniteLoss,
+    Objective,
+    Stage,
+    Stopped,
+    Trainer,
+    train,
+)
 
 
 class TwoStages(Objective):
@@ -215,8 +224,8 @@ RANKS = """
 from pathlib import Path
 import torch
 from core import dist
-from core.datasets import DataConfig, open_dataset
-from core.loop import Hooks, LoopConfig, NonFiniteLoss, Stopped, train
+from data.datasets import DataConfig, open_dataset
+from training.loop import Hooks, LoopConfig, NonFiniteLoss, Stopped, train
 import importlib.util
 spec = importlib.util.spec_from_file_location("test_loop", sys.argv[1])
 module = importlib.util.module_from_spec(spec)

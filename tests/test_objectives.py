@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.errors import InputError
-from core.schedule import learning_rate
 from pretrain.memory import DTYPES
 from pretrain.negatives import Windows
 from pretrain.objectives import CTC, CrossEntropy
 from pretrain.recipe import CEConfig, CTCConfig, StageConfig
 from pretrain.terms import InstanceTerm, PreservationTerm
+from training.schedule import learning_rate
 
 sys.path.insert(0, str(Path(__file__).parent))
 toy: Any = importlib.import_module("ctc_on_ranks")
@@ -304,7 +304,7 @@ def test_a_weight_of_zero_is_plain_cross_entropy(number: int) -> None:
 
 def test_the_information_bank_stays_as_it_was_frozen() -> None:
     """A network with BatchNorm learns on; its frozen copy keeps every weight and statistic."""
-    from core.resnet import create_model
+    from models.resnet import create_model
 
     objective = CTC(create_model("resnet18_cifar_w16", toy.CLASSES), LABELS, toy.SMALL)
     images = torch.randn(4, 3, 8, 8)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from core.outlines import outlines, run_lengths, simplified
+from data.shapes.outlines import outlines, run_lengths, simplified
 
 
 def _raster(polygons, height, width):

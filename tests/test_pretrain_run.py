@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from analysis.survey import schedule_of
-from core import checkpoint
 from core.config import CONFIG_DIR, InputError, load_config, to_dict
 from core.results import read_rows
+from models import checkpoint
 from pretrain.plan import disk, plan, trained_seconds
 from pretrain.run import PretrainConfig, make_ready, pretrain
 from tests.faults import TINY

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from core.errors import InputError
-from core.source import balanced_positions, read_image
+from data.source import balanced_positions, read_image
 
 
 @pytest.mark.parametrize(

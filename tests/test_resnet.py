@@ -6,7 +6,7 @@ import torchvision
 from torch import nn
 
 from core.errors import InputError
-from core.resnet import ARCHITECTURES, BLOCKS, create_model
+from models.resnet import ARCHITECTURES, BLOCKS, create_model
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnext50_32x4d"])

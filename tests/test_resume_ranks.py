@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from core import checkpoint, resume
 from core.errors import STOPPED_STATUS
+from models import checkpoint
 from tests import faults
 from tests.faults import TINY, Fault
 from tests.test_kill import assert_same_run
 from tests.test_lost_ranks import start_ranks
+from training import resume
 
 SECONDS = 100  # in which a run of 12 steps must have ended
 RECIPES = {

@@ -12,12 +12,12 @@ import torch
 import torchvision
 from PIL import Image
 
-from core.checkpoint import Facts, load_checkpoint, save_checkpoint
 from core.config import CONFIG_DIR, load_config
-from core.datasets import DATASETS
 from core.errors import InputError
-from core.resnet import create_model
 from core.results import ResultRow, read_rows, sha256_of
+from data.datasets import DATASETS
+from models.checkpoint import Facts, load_checkpoint, save_checkpoint
+from models.resnet import create_model
 from transfer.backbone import from_checkpoint, from_tensors
 from transfer.config import TransferConfig
 from transfer.protocols import METHODS

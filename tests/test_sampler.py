@@ -3,7 +3,7 @@
 import pytest
 
 from core.errors import InputError
-from core.sampler import EpochSampler, RankShare
+from data.sampler import EpochSampler, RankShare
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 6])

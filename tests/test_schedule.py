@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.schedule import Stage, learning_rate
+from training.schedule import Stage, learning_rate
 
 GOLDEN = Path(__file__).parent / "data" / "lr_schedules.npz"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from core import shapes
+from data.shapes import images as shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST = tuple(range(40))
@@ -48,7 +48,7 @@ def test_the_set_is_the_same_on_every_machine():
 def test_another_process_with_other_threads_draws_the_same():
     code = (
         "import cv2, hashlib; cv2.setNumThreads(3)\n"
-        "from core import shapes\n"
+        "from data.shapes import images as shapes\n"
         "print(hashlib.sha256(shapes.images('test', 40, (3, 9)).tobytes()).hexdigest())"
     )
     other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -8,11 +8,11 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from core import shapes_coco
-from core.drawing import FINE
 from core.errors import InputError
 from core.seeds import Dice
-from core.shapes_coco import scene, write_coco
+from data.shapes import scenes as shapes_coco
+from data.shapes.drawing import FINE
+from data.shapes.scenes import scene, write_coco
 
 
 @pytest.fixture(scope="module")

@@ -16,14 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
-from core import checkpoint, features
 from core.config import load_config
-from core.datasets import DataConfig, open_dataset, report_split, splits_of
 from core.errors import InputError
-from core.loaders import training_loader
-from core.pack import PackConfig, pack
-from core.readers import shards
-from core.sampler import EpochSampler
+from data.datasets import DataConfig, open_dataset, report_split, splits_of
+from data.loaders import training_loader
+from data.pack import PackConfig, pack
+from data.readers import shards
+from data.sampler import EpochSampler
+from models import checkpoint, features
 from pretrain.run import PretrainConfig, pretrain
 from tests import dataset_layouts
 from tests.faults import TINY

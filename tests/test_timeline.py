@@ -20,12 +20,12 @@ from analysis.quantities import QUANTITIES, Information, measure_information
 from analysis.retrieval import recall_at_1
 from analysis.survey import schedule_of, survey
 from analysis.timeline import Timeline, TimelineConfig, summary
-from core.checkpoint import Facts, save_checkpoint
 from core.config import load_config
-from core.datasets import DataConfig, IndexedDataset
 from core.errors import InputError
-from core.resnet import create_model
 from core.results import ResultRow, read_rows
+from data.datasets import DataConfig, IndexedDataset
+from models.checkpoint import Facts, save_checkpoint
+from models.resnet import create_model
 from transfer.linear import LinearConfig
 
 ARCH = "resnet18_cifar_w16"

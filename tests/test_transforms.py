@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from core.seeds import torch_seeded
-from core.transforms import AUGMENTATIONS, crop_flip, cutout, evaluation_view, normalise
+from data.transforms import AUGMENTATIONS, crop_flip, cutout, evaluation_view, normalise
 
 
 def _numbered(height, width):

@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="e.g. data.name imagenet")
     arguments = parser.parse_args()
     from core.config import load_config
-    from core.pack import PackConfig, pack
+    from data.pack import PackConfig, pack
 
     config = load_config(PackConfig, arguments.config, arguments.overrides)
     counts = pack(config, arguments.output)

@@ -80,8 +80,8 @@ def read_weights(path: str, init: str, format: str | None) -> "Backbone":
     """
     from convert import layouts, reading, zoo
     from convert.backbone import read_backbone
-    from core.checkpoint import is_ours, load_checkpoint
-    from core.resnet import Architecture
+    from models.checkpoint import is_ours, load_checkpoint
+    from models.resnet import Architecture
     from transfer import backbone
 
     if not path.startswith(zoo.PREFIXES) and is_ours(reading.read(path)):

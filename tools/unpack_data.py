@@ -11,7 +11,7 @@ import _checkout  # isort: skip
 
 import argparse
 
-from core.archives import unpack
+from data.archives import unpack
 
 
 def main() -> None:

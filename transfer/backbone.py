@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torchvision.models.resnet import Bottleneck
 
-from core.checkpoint import Checkpoint
 from core.errors import InputError
-from core.features import InputSpec
-from core.resnet import ARCHITECTURES, Architecture, ResNet, create_model
 from core.seeds import torch_seeded
+from models.checkpoint import Checkpoint
+from models.features import InputSpec
+from models.resnet import ARCHITECTURES, Architecture, ResNet, create_model
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,12 +3,12 @@
 import dataclasses
 from typing import Any
 
-from core import amp
 from core.config import to_dict
-from core.datasets import DataConfig
 from core.errors import InputError
-from core.features import DTYPES
-from core.loop import WITHOUT_EFFECT, LoopConfig
+from data.datasets import DataConfig
+from models import amp
+from models.features import DTYPES
+from training.loop import WITHOUT_EFFECT, LoopConfig
 from transfer import finetune, linear
 from transfer.finetune import FinetuneConfig
 from transfer.linear import LinearConfig

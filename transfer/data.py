@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from core.datasets import (
+from core.errors import InputError
+from core.seeds import shuffled
+from data.datasets import (
     DataConfig,
     IndexedDataset,
     hold_out,
@@ -19,9 +21,7 @@ from core.datasets import (
     report_split,
     splits_of,
 )
-from core.errors import InputError
-from core.features import InputSpec
-from core.seeds import shuffled
+from models.features import InputSpec
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,14 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core import dist, resume
-from core.checkpoint import Facts, atomic_file, save_checkpoint
-from core.datasets import DataConfig, IndexedDataset
+from core import dist
 from core.errors import InputError, UnreadableImage
-from core.features import NonFiniteFeatures, all_unreadable, check_readable, extract
-from core.loop import Hooks, LoopConfig, NonFiniteLoss, Objective, Stage, train
-from core.resnet import ResNet
-from core.schedule import SCHEDULES
+from data.datasets import DataConfig, IndexedDataset
+from models.checkpoint import Facts, atomic_file, save_checkpoint
+from models.features import NonFiniteFeatures, all_unreadable, check_readable, extract
+from models.resnet import ResNet
+from training import resume
+from training.loop import Hooks, LoopConfig, NonFiniteLoss, Objective, Stage, train
+from training.schedule import SCHEDULES
 from transfer.backbone import Backbone, with_new_head
 from transfer.data import Splits, SteppedDataset, fit_and_held_out, joined
 from transfer.metrics import HELD_OUT_METRICS, METRICS

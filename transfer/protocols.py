@@ -13,10 +13,10 @@ from torch import Tensor
 
 from core import dist
 from core.config import to_dict
-from core.datasets import IndexedDataset
 from core.errors import InputError
-from core.features import CACHE_DIR, DTYPES, Features, cached
 from core.results import config_hash
+from data.datasets import IndexedDataset
+from models.features import CACHE_DIR, DTYPES, Features, cached
 from transfer import fewshot, finetune, knn, linear
 from transfer.backbone import Backbone
 from transfer.config import RELEASED, TransferConfig

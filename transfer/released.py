@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core import dist
-from core.datasets import EpochSampler, IndexedDataset, evaluation_loader, training_loader
 from core.errors import InputError
-from core.features import InputSpec, check_readable, evaluation_mode
 from core.progress import Progress
 from core.seeds import torch_seeded
+from data.datasets import EpochSampler, IndexedDataset, evaluation_loader, training_loader
+from models.features import InputSpec, check_readable, evaluation_mode
 from transfer.metrics import METRICS
 
 

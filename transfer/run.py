@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from core import dist
-from core.catalogue import look_up
 from core.config import save_config, to_dict
 from core.errors import InputError
 from core.results import ROWS_FILE, ResultRow, append_rows, config_hash
+from data.catalogue import look_up
 from transfer.backbone import Backbone
 from transfer.config import TransferConfig, changed_keys, check, methods_of
 from transfer.data import open_splits

@@ -1,4 +1,4 @@
-"""The embedded detection set: COCO files with masks of silhouettes that ``core.shapes`` lacks.
+"""The embedded detection set: COCO files with masks of silhouettes other than ``images``'s.
 
 Objects overlap; a mask is what is *seen* of an object, so hidden parts are cut out of its polygons.
 Some groups are annotated as a crowd (``iscrowd`` 1, RLE), and some images have no object at all.
@@ -18,11 +18,11 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from core import drawing
-from core.drawing import FINE, TEXTURES, TURN, UNIT, Canvas
 from core.errors import InputError
-from core.outlines import outlines, run_lengths
 from core.seeds import Dice
+from data.shapes import drawing
+from data.shapes.drawing import FINE, TEXTURES, TURN, UNIT, Canvas
+from data.shapes.outlines import outlines, run_lengths
 
 IMAGE_SIZE = 160  # pixels
 VERSION = 2  # raise it when pictures or annotations change: files of another version are not reused

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as td
 from torch import nn
 
-from core import checkpoint, dist
+from core import dist
 from core.errors import InputError
 from core.files import atomic_file
+from models import checkpoint
 
 FORMAT = "transfer-suite resume state"
 VERSION = 1

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torchvision import datasets
 
-from core.source import Request, Source, channels_first, one_sentence
+from data.source import Request, Source, channels_first, one_sentence
 
 AIRCRAFT, CARS, FLOWERS, FOOD = "fgvc-aircraft-2013b", "stanford_cars", "flowers-102", "food-101"
 

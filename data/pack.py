@@ -1,4 +1,4 @@
-"""Any data set of the catalogue as shards: large tar files that ``core.readers.shards`` reads.
+"""Any data set of the catalogue as shards: large tar files that ``data.readers.shards`` reads.
 
 The bytes of image files are copied, images in memory become PNG; so every image, label and index is
 that of the data set itself. webdataset reads the shards too.
@@ -15,13 +15,13 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from core.datasets import DataConfig, IndexedDataset, open_dataset, splits_of
 from core.errors import InputError
 from core.files import atomic_file
 from core.progress import Progress
-from core.readers import shards
 from core.seeds import shuffled
-from core.source import IMAGE_ENDINGS
+from data.datasets import DataConfig, IndexedDataset, open_dataset, splits_of
+from data.readers import shards
+from data.source import IMAGE_ENDINGS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,7 @@ SAFE_CLASSES: list[Any] = [argparse.Namespace, collections.OrderedDict]
 class Facts:
     """What a checkpoint says of itself; everything a later step would otherwise have to guess."""
 
-    arch: str  # a key of core.resnet.ARCHITECTURES
+    arch: str  # a key of models.resnet.ARCHITECTURES
     num_classes: int
     method: str  # "random", "ce", "ctc"
     epoch: int  # epochs finished; 0 is the initialisation

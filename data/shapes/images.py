@@ -9,12 +9,12 @@ import functools
 
 import numpy as np
 
-from core import drawing
-from core.drawing import FINE, TEXTURES, TURN, UNIT, Canvas
 from core.seeds import Dice, shuffled
-from core.shapes_coco import CLASSES as DETECTION_CLASSES
-from core.shapes_coco import CocoFiles as CocoFiles
-from core.shapes_coco import write_coco as write_coco
+from data.shapes import drawing
+from data.shapes.drawing import FINE, TEXTURES, TURN, UNIT, Canvas
+from data.shapes.scenes import CLASSES as DETECTION_CLASSES
+from data.shapes.scenes import CocoFiles as CocoFiles
+from data.shapes.scenes import write_coco as write_coco
 
 COUNTS = {"train": 4000, "val": 1000, "test": 1000}
 IMAGE_SIZE = 64  # pixels

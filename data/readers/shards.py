@@ -28,7 +28,7 @@ from torch import Tensor
 from core.errors import InputError
 from core.files import atomic_file
 from core.progress import Progress
-from core.source import IMAGE_ENDINGS, Request, Source, decode_image
+from data.source import IMAGE_ENDINGS, Request, Source, decode_image
 
 VERSION = 1
 SPLITS = ("train", "val", "test")

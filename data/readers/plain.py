@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from core import shapes
 from core.errors import InputError
-from core.source import (
+from data.shapes import images as shapes
+from data.source import (
     Request,
     Source,
     balanced_positions,
@@ -23,11 +23,13 @@ from core.source import (
 
 
 def read_shapes(request: Request) -> Source:
-    """The embedded default data, drawn from a fixed seed (``core.shapes``)."""
+    """The embedded default data, drawn from a fixed seed (``data.shapes``)."""
     labels = torch.from_numpy(shapes.labels(request.split))
     chosen = balanced_positions(labels, request.limit)
     images = shapes.images(request.split, request.size, tuple(chosen.tolist()))
-    return Source(channels_first(images), labels[chosen], list(shapes.CLASSES), "core.shapes")
+    return Source(
+        channels_first(images), labels[chosen], list(shapes.CLASSES), "data.shapes.images"
+    )
 
 
 def read_folder(request: Request) -> Source:

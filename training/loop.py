@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from core import amp, dist, resume
-from core.datasets import EpochSampler, IndexedDataset, normalise, to_device, training_loader
+from core import dist
 from core.errors import InputError, NonFiniteLoss, Stopped
 from core.progress import Progress
-from core.resume import Position
-from core.schedule import Stage, learning_rate
-from core.watch import LossWatch, StopRequests
+from data.datasets import EpochSampler, IndexedDataset, normalise, to_device, training_loader
+from models import amp
+from training import resume
+from training.resume import Position
+from training.schedule import Stage, learning_rate
+from training.watch import LossWatch, StopRequests
 
 __all__ = ["LoopConfig", "NonFiniteLoss", "Objective", "Stage", "Stopped", "train"]
 
@@ -39,7 +41,7 @@ class LoopConfig:
     nesterov: bool = False
     decay_norm_and_bias: bool = True  # weight decay on 1-d parameters too, as the released code
     clip_grad_norm: float = 0.0  # 0: no clipping
-    amp: str = "none"  # none, bf16, fp16 autocast, or auto (core.amp); losses stay in float32
+    amp: str = "none"  # none, bf16, fp16 autocast, or auto (models.amp); losses stay in float32
     channels_last: bool = True  # memory format of images and weights; faster convolutions
     sync_bn: bool = False  # BatchNorm statistics over all ranks (GPUs only)
     save_every: int = 10  # epochs between checkpoints; see saved_epochs

@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from core.catalogue import DATASETS as DATASETS  # re-exported: one import serves a step
-from core.catalogue import DatasetInfo, look_up
 from core.config import ROOT
 from core.errors import InputError
-from core.loaders import evaluation_loader as evaluation_loader
-from core.loaders import to_device as to_device
-from core.loaders import training_loader as training_loader
-from core.readers import shards
-from core.sampler import EpochSampler as EpochSampler
 from core.seeds import mixed_array, torch_seeded
-from core.source import Request, Source, balanced_positions
-from core.transforms import AUGMENTATIONS, evaluation_view
-from core.transforms import normalise as normalise
+from data.catalogue import DATASETS as DATASETS  # re-exported: one import serves a step
+from data.catalogue import DatasetInfo, look_up
+from data.loaders import evaluation_loader as evaluation_loader
+from data.loaders import to_device as to_device
+from data.loaders import training_loader as training_loader
+from data.readers import shards
+from data.sampler import EpochSampler as EpochSampler
+from data.source import Request, Source, balanced_positions
+from data.transforms import AUGMENTATIONS, evaluation_view
+from data.transforms import normalise as normalise
 
 SPLITS = ("train", "val", "test")
 DATA_FOLDER_VARIABLE = "TRANSFER_SUITE_DATA"
@@ -37,10 +37,10 @@ Colour = tuple[float, float, float]
 class DataConfig:
     """Which images, and how they are seen."""
 
-    name: str = "shapes"  # a key of core.catalogue.DATASETS
+    name: str = "shapes"  # a key of data.catalogue.DATASETS
     root: str = ""  # folder or file; "": <name> under $TRANSFER_SUITE_DATA or datasets/
     image_size: int = 0  # side of the square that the network sees, pixels; 0: the data set's own
-    augmentation: str = "crop_flip"  # a key of core.transforms.AUGMENTATIONS; training only
+    augmentation: str = "crop_flip"  # a key of data.transforms.AUGMENTATIONS; training only
     shuffle: str = "global"  # order of an epoch; "shards": one after the other, for slow disks
     workers: int = 0  # processes that decode and augment; 0: the training process does
     limit: int = 0  # images per split, equally many of each class; 0: all. For trials

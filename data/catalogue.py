@@ -5,10 +5,10 @@ import difflib
 from collections.abc import Callable
 from pathlib import Path
 
-from core import shapes
 from core.errors import InputError
-from core.readers import listed, plain, shards, torchvision_sets
-from core.source import Request, Source
+from data.readers import listed, plain, shards, torchvision_sets
+from data.shapes import images as shapes
+from data.source import Request, Source
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_MEAN, CIFAR_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # CIFAR-100's
@@ -23,7 +23,7 @@ class DatasetInfo:
     read: Callable[[Request], Source]
     how: str  # one sentence: how to get it and how it must lie on disk, {root} being its folder
     image_size: int = 224  # side in pixels that networks see unless a config says otherwise
-    resize_ratio: float = CENTRE_CROP  # see core.transforms.evaluation_view
+    resize_ratio: float = CENTRE_CROP  # see data.transforms.evaluation_view
     counts: dict[str, int] = dataclasses.field(default_factory=dict)  # images per official split
     classes: int = 0  # 0: whatever is found
     find_splits: Callable[[Path], list[str]] | None = None  # where ``counts`` does not say

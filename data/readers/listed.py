@@ -12,7 +12,7 @@ import torch
 
 from core.errors import InputError
 from core.seeds import shuffled
-from core.source import Request, Source, image_files, inside, one_sentence, subfolders
+from data.source import Request, Source, image_files, inside, one_sentence, subfolders
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",

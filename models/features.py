@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core import amp as amp_module
-from core import checkpoint, dist
+from core import dist
 from core.config import ROOT
-from core.datasets import IndexedDataset, evaluation_loader, normalise
 from core.errors import InputError
 from core.progress import Progress
+from data.datasets import IndexedDataset, evaluation_loader, normalise
+from models import amp as amp_module
+from models import checkpoint
 
 VERSION = 1  # of the cache: raise it when extraction changes in a way that changes features
 CACHE_DIR = ROOT / "runs" / ".cache" / "features"
@@ -79,7 +80,7 @@ def extract(
     Args:
         model: has ``forward_features`` and ``forward_head(…, pre_logits=True)``.
         batch_size: images a step on this rank.
-        amp: precision of the forward pass, a word of ``core.amp``.
+        amp: precision of the forward pass, a word of ``models.amp``.
         dtype: what the features are stored in.
         inputs: mean and std that the network was trained with; None: the data set's own.
         description: heads the progress line; "": no progress is shown.

@@ -31,7 +31,7 @@ class Request:
 
 
 class Encoded(Protocol):
-    """N images in a storage format of their own (``core.readers.shards``)."""
+    """N images in a storage format of their own (``data.readers.shards``)."""
 
     def __len__(self) -> int: ...
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from core.errors import InputError
-from core.sampler import EpochSampler, RankShare
+from data.sampler import EpochSampler, RankShare
 
 Batch = tuple[Tensor, Tensor, Tensor]
 PREFETCHED = 4  # batches that each worker keeps ready

@@ -1,1 +1,0 @@
-"""How data sets lie on disk: one function per lay-out, each giving a ``core.source.Source``."""
