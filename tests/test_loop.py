@@ -1,5 +1,6 @@
 """The loop: an uninterrupted run is the truth; every other way must end at the same weights."""
 
+import dataclasses
 import json
 import signal
 from collections.abc import Callable, Iterator
@@ -78,13 +79,14 @@ def _run(
     data: Path,
     objective: TwoStages | None = None,
     resume_run: bool = False,
+    config: LoopConfig = CONFIG,
     **hooks: Any,
 ) -> TwoStages:
     objective = objective or TwoStages()
     dataset = open_dataset(DataConfig("npz", str(data)), "train", train=True, seed=3)
     device = torch.device("cpu")
     train(
-        objective, dataset, CONFIG, folder, Hooks(**hooks), seed=3, device=device,
+        objective, dataset, config, folder, Hooks(**hooks), seed=3, device=device,
         resume_run=resume_run, fingerprint="recipe",
     )  # fmt: skip
     return objective
@@ -204,6 +206,45 @@ def test_weight_decay_spares_one_dimensional_parameters_when_told(tmp_path: Path
     assert decay == {4: 1e-3, 2: 1e-3, 1: 0.0}
 
 
+def test_a_networks_own_no_weight_decay_is_spared_too(tmp_path: Path) -> None:
+    objective = TwoStages()
+    objective.model.no_weight_decay = lambda: {"0.weight"}  # type: ignore[assignment]
+    for everything, expected in ((False, {0.0}), (True, {1e-3})):
+        config = LoopConfig(decay_norm_and_bias=everything)
+        trainer = Trainer(objective, config, tmp_path, 0, torch.device("cpu"))
+        trainer.begin(Hooks())
+        assert trainer.optimizer is not None
+        named = objective.model[0].weight
+        groups = trainer.optimizer.param_groups
+        found = {g["weight_decay"] for g in groups for p in g["params"] if p is named}
+        assert found == expected
+
+
+def test_adamw_steps_as_torchs_own_and_resumes_bit_exactly(tmp_path: Path, tiny_npz: Path) -> None:
+    config = dataclasses.replace(CONFIG, optimizer="adamw", betas=[0.8, 0.95])
+    objective, twin = TwoStages(batch_norm=False), TwoStages(batch_norm=False)
+    trainer = Trainer(objective, config, tmp_path, 0, torch.device("cpu"))
+    position = trainer.begin(Hooks())
+    reference = torch.optim.AdamW(twin.parameters(), lr=0.01, betas=(0.8, 0.95), weight_decay=1e-3)
+    images, labels, index = torch.randn(16, 3, 9, 9), torch.arange(16) % 3, torch.arange(16)
+    for _ in range(3):
+        trainer.step(images, labels, index, 0.01, position)
+        twin.iteration = 0
+        reference.zero_grad()
+        sum(twin(images, labels, index).values()).backward()  # type: ignore[union-attr]
+        reference.step()
+        twin.after_step()
+    for key, value in twin.state_dict().items():
+        assert torch.allclose(value, objective.state_dict()[key], atol=1e-6), key
+
+    whole = _run(tmp_path / "whole", tiny_npz, config=config)
+    with pytest.raises(Stopped):
+        _run(tmp_path / "cut", tiny_npz, StopAt(8), config=config)
+    resumed = _run(tmp_path / "cut", tiny_npz, resume_run=True, config=config)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -213,6 +254,8 @@ def test_weight_decay_spares_one_dimensional_parameters_when_told(tmp_path: Path
         ({"save_every": 0}, "loop.save_every"),
         ({"momentum": 1.0}, "loop.momentum"),
         ({"sync_bn": True, "device": "cpu"}, "loop.sync_bn"),
+        ({"optimizer": "adam"}, "loop.optimizer 'adam' is not one of sgd, adamw"),
+        ({"betas": [0.9]}, "loop.betas"),
     ],
 )
 def test_what_cannot_be_run_is_refused(changes: dict[str, Any], message: str) -> None:

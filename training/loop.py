@@ -28,6 +28,7 @@ from training.watch import LossWatch, StopRequests
 
 __all__ = ["LoopConfig", "NonFiniteLoss", "Objective", "Stage", "Stopped", "train"]
 
+OPTIMIZERS = ("sgd", "adamw")
 # keys of LoopConfig that no weight depends on
 WITHOUT_EFFECT = ("device", "timeout", "save_every", "resume_every", "eval_every", "log_every")
 
@@ -37,9 +38,12 @@ class LoopConfig:
     """How to train, whatever the objective."""
 
     batch_size: int = 64  # images a step over all ranks; must divide by their number
-    momentum: float = 0.9
-    nesterov: bool = False
-    decay_norm_and_bias: bool = True  # weight decay on 1-d parameters too, as the released code
+    optimizer: str = "sgd"  # sgd, or adamw (arXiv 1711.05101), which transformers need
+    momentum: float = 0.9  # sgd
+    nesterov: bool = False  # sgd
+    betas: list[float] = dataclasses.field(default_factory=lambda: [0.9, 0.999])  # adamw
+    decay_norm_and_bias: bool = True  # weight decay on 1-d parameters too, as the released code;
+    # false also spares what the network's own no_weight_decay() names (position embeddings, …)
     clip_grad_norm: float = 0.0  # 0: no clipping
     amp: str = "none"  # none, bf16, fp16 autocast, or auto (models.amp); losses stay in float32
     channels_last: bool = True  # memory format of images and weights; faster convolutions
@@ -279,12 +283,7 @@ class Trainer:
         self.objective.to(self.device, memory_format=memory)  # type: ignore[call-overload]
         if self.config.sync_bn and dist.world_size() > 1:
             self.objective.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.objective.model)
-        self.optimizer = torch.optim.SGD(
-            self._groups(stage.weight_decay),
-            lr=stage.lr,
-            momentum=self.config.momentum,
-            nesterov=self.config.nesterov,
-        )
+        self.optimizer = make_optimizer(self.config, self._groups(stage.weight_decay), stage.lr)
         if previous is not None:
             resume.carry_momentum(previous, self.optimizer)
         if dist.world_size() > 1:
@@ -298,11 +297,16 @@ class Trainer:
 
     def _groups(self, weight_decay: float) -> list[dict[str, Any]]:
         groups = []
+        spared = {id(p) for p in self.objective.parameters() if p.ndim <= 1}
+        network: Any = self.objective.model  # timm's networks name what else weight decay spares
+        names = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()
+        spared |= {id(p) for n, p in self.objective.model.named_parameters() if n in names}
+        if self.config.decay_norm_and_bias:
+            spared = set()
         for group in self.objective.parameter_groups():
             factor = group.get("lr_factor", 1.0)
-            decayed = [p for p in group["params"] if p.ndim > 1 or self.config.decay_norm_and_bias]
-            kept = {id(p) for p in decayed}
-            bare = [p for p in group["params"] if id(p) not in kept]
+            decayed = [p for p in group["params"] if id(p) not in spared]
+            bare = [p for p in group["params"] if id(p) in spared]
             groups.append({"params": decayed, "lr_factor": factor, "weight_decay": weight_decay})
             if bare:
                 groups.append({"params": bare, "lr_factor": factor, "weight_decay": 0.0})
@@ -314,6 +318,16 @@ class Trainer:
                 if isinstance(module, nn.modules.batchnorm._NormBase):
                     for buffer in module.buffers():
                         torch.distributed.broadcast(buffer, 0)
+
+
+def make_optimizer(
+    config: LoopConfig, groups: list[dict[str, Any]], lr: float
+) -> torch.optim.Optimizer:
+    """Return the config's optimiser over parameter groups."""
+    if config.optimizer == "adamw":
+        first, second = config.betas
+        return torch.optim.AdamW(groups, lr=lr, betas=(first, second))
+    return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov)
 
 
 def saved_epochs(stages: Sequence[int], every: int) -> list[int]:
@@ -357,6 +371,12 @@ def check(config: LoopConfig, images: int | None = None) -> None:
     for key in ("resume_every", "eval_every", "clip_grad_norm"):
         if not getattr(config, key) >= 0:
             raise InputError(f"loop.{key} {getattr(config, key)} must not be negative")
+    if config.optimizer not in OPTIMIZERS:
+        raise InputError(
+            f"loop.optimizer {config.optimizer!r} is not one of {', '.join(OPTIMIZERS)}"
+        )
+    if len(config.betas) != 2 or not all(0 <= beta < 1 for beta in config.betas):
+        raise InputError(f"loop.betas {config.betas} must be two numbers in [0, 1)")
     if config.nesterov and config.momentum == 0:
         raise InputError("loop.nesterov needs a loop.momentum above 0")
     if not math.isfinite(config.momentum) or not 0 <= config.momentum < 1:
