@@ -20,6 +20,7 @@ from analysis.quantities import measure_probe, measure_split
 from analysis.survey import Epoch
 from analysis.timeline import ALL, Timeline, Unit
 from core.errors import UnreadableImage
+from core.identity import identity
 from core.results import ROWS_FILE, read_rows
 from models.amp import autocast
 from models.checkpoint import load_checkpoint
@@ -106,13 +107,8 @@ def _recorded(timeline: Timeline) -> dict[Unit, float]:
     rows = read_rows(path) if path.is_file() else []
     found = {}
     for unit in timeline.units:
-        _, _, config, metric = timeline.keys(unit)[0]
-        times = [
-            float(row.details["seconds"])
-            for row in rows
-            if (row.step, row.protocol, row.dataset, row.split, row.config, row.metric)
-            == ("analysis", timeline.protocol, *timeline.keys(unit)[0][:2], config, metric)
-        ]
+        like = identity(timeline.wanted(timeline.survey.epochs[-1], unit)[0])
+        times = [float(row.details["seconds"]) for row in rows if identity(row) == like]
         if times:
             found[unit] = sum(times) / len(times)
     return found

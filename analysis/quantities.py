@@ -26,6 +26,7 @@ PER_SPLIT = ("retrieval", "clustering", "companions")
 PER_DATASET = ("probe",)
 INFORMATION = ("mi_xt", "mi_ty", "h_t")  # over neighbouring epochs at once
 QUANTITIES = (*PER_SPLIT, *PER_DATASET, *INFORMATION)
+HELD_OUT = "C chosen on a part held out of train"  # the probe's selection
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,10 +135,9 @@ def measure_probe(
     details = {
         "c": probe.c, "held_out": probe.held_out_score, "at_grid_edge": probe.at_grid_edge,
     }  # fmt: skip
-    chosen = "C chosen on a part held out of train"
     return [
-        Measured("linear/top1", probe.score, "%", "", chosen, details),
-        Measured("linear/top1", fitted, "%", "train", chosen, details),
+        Measured("linear/top1", probe.score, "%", "", HELD_OUT, details),
+        Measured("linear/top1", fitted, "%", "train", HELD_OUT, details),
     ]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from analysis.features import Extraction, features_of, open_as, pixels_of
 from analysis.quantities import (
+    HELD_OUT,
     INFORMATION,
     PER_SPLIT,
     QUANTITIES,
@@ -29,7 +30,8 @@ from analysis.survey import Epoch, Survey, survey
 from core import dist
 from core.config import to_dict
 from core.errors import InputError
-from core.results import ROWS_FILE, ResultRow, append_rows, config_hash, read_rows
+from core.identity import data_digest, done, recipe_hash
+from core.results import ROWS_FILE, ResultRow, append_rows, read_rows
 from data.datasets import DataConfig, IndexedDataset, report_split
 from models.checkpoint import Checkpoint, load_checkpoint
 from transfer.linear import LinearConfig
@@ -41,6 +43,7 @@ ALL = "all"  # the split that is train and test together
 class TimelineConfig:
     """Which quantities, on which data."""
 
+    version: int = 1  # of the protocol: raised when what it computes changes
     source: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(name=""))  # "": run's
     targets: list[DataConfig] = dataclasses.field(default_factory=list)
     quantities: list[str] = dataclasses.field(default_factory=lambda: list(QUANTITIES))
@@ -97,13 +100,16 @@ class Timeline:
 
     def todo(self) -> list[tuple[Epoch, Unit]]:
         """Return what no row holds yet: same weights, same config; epoch by epoch."""
-        done = self._done()
+        path = self.run / ROWS_FILE
+        rows: dict[str, list[ResultRow]] = {}
+        for row in read_rows(path) if path.is_file() else ():
+            rows.setdefault(row.weights, []).append(row)
         return [
             (epoch, unit)
             for epoch in self.survey.epochs
             for unit in self.units
             if not (unit.quantity == "h_t" and self.reference() is None)
-            and not all((epoch.sha256, *key) in done for key in self.keys(unit))
+            and not done(rows.get(epoch.sha256, ()), self.wanted(epoch, unit))
         ]
 
     def reference(self) -> Epoch | None:
@@ -227,45 +233,68 @@ class Timeline:
                 else:
                     yield Unit(quantity, place, wanted if quantity in INFORMATION else judged)
 
-    def keys(self, unit: Unit) -> list[tuple[str, ...]]:
-        """Return what a done unit's rows say of themselves, beside their weights."""
-        metrics = metrics_of(unit.quantity, self.config.information)
-        place = (self.names[unit.place], unit.split, self._hash(unit))
-        return [(*place, metric) for metric in metrics]
+    def wanted(self, epoch: Epoch, unit: Unit) -> list[ResultRow]:
+        """Return a unit's rows on the split that was asked for, without values."""
+        names = metrics_of(unit.quantity, self.config.information)
+        selection = HELD_OUT if unit.quantity == "probe" else "last"
+        return [
+            self._unmeasured(epoch, unit, unit.split, metric, "", selection) for metric in names
+        ]
 
-    def _done(self) -> set[tuple[str, ...]]:
-        path = self.run / ROWS_FILE
-        rows = read_rows(path) if path.is_file() else []
-        return {
-            (row.weights, row.dataset, row.split, row.config, row.metric)
-            for row in rows
-            if (row.step, row.protocol, row.init) == ("analysis", self.protocol, self.init)
-        }
+    def _unmeasured(
+        self, epoch: Epoch, unit: Unit, split: str, metric: str, of_unit: str, selection: str
+    ) -> ResultRow:
+        """Return a row with all that tells it apart, and no value."""
+        splits = self.datasets[unit.place]
+        evaluated = splits.values() if split == ALL else [splits[split]]
+        learned = [splits["train"]] if unit.quantity == "probe" else []
+        return ResultRow(
+            step="analysis",
+            protocol=self.protocol,
+            dataset=self.names[unit.place],
+            split=split,
+            metric=metric,
+            value=None,
+            unit=of_unit,
+            init=self.init,
+            seed=self.facts.seed,
+            epoch=epoch.number,
+            selection=selection,
+            weights=epoch.sha256,
+            weights_path=str(epoch.path),
+            config=recipe_hash(self._recipe(unit)),
+            data=data_digest([s.digest for s in learned], [s.digest for s in evaluated]),
+            version=self.config.version,
+            run=str(self.run),
+        )
 
-    def _hash(self, unit: Unit) -> str:
-        """Return a hash of all that the unit's values depend on, so that no other key redoes it."""
+    def _recipe(self, unit: Unit) -> dict[str, Any]:
+        """Return the part of the config that the unit's values depend on."""
         content = to_dict(self.config)
-        data = to_dict(self.data[unit.place])
-        del data["workers"], data["root"]
-        information = content["information"]
-        settings = {"mi_xt": "xt", "mi_ty": "ty", "h_t": "ht"}.get(unit.quantity)
-        shared = {key: information[key] for key in ("estimators", "seeds", "pairs", "side")}
-        parts = {
-            "clustering": content["clustering_seeds"],
-            "probe": content["linear"],
-            "h_t": information["reference_epoch"],
+        recipe: dict[str, Any] = {
+            "quantity": unit.quantity,
+            "data": to_dict(self.data[unit.place]),
+            "amp": content["features"]["amp"],
         }
-        estimate = [shared, information[settings]] if settings else []
-        amp = content["features"]["amp"]
-        return config_hash({"all": [unit.quantity, data, amp, parts.get(unit.quantity), estimate]})
+        if unit.quantity == "clustering":
+            recipe["clustering_seeds"] = content["clustering_seeds"]
+        if unit.quantity == "probe":
+            recipe["linear"] = content["linear"]
+        if unit.quantity in INFORMATION:
+            settings = {"mi_xt": "xt", "mi_ty": "ty", "h_t": "ht"}[unit.quantity]
+            read = ("estimators", "seeds", "pairs", "side", settings)
+            recipe["information"] = {key: content["information"][key] for key in read}
+        if unit.quantity == "h_t":
+            recipe["reference_epoch"] = content["information"]["reference_epoch"]
+        return recipe
 
     def _row(self, epoch: Epoch, unit: Unit, found: Measured, seconds: float) -> ResultRow:
-        splits = self.datasets[unit.place]
+        split = found.split or unit.split
         schedule = self.survey.schedule
         details = {
             "role": "target" if unit.place else "source",
-            "images": len(self.labels(unit.place, found.split or unit.split)),
-            "image_size": next(iter(splits.values())).image_size,
+            "images": len(self.labels(unit.place, split)),
+            "image_size": next(iter(self.datasets[unit.place].values())).image_size,
             "arch": self.facts.arch,
             "pretrained_on": self.facts.dataset,
             "boundary": schedule.boundary,
@@ -275,24 +304,8 @@ class Timeline:
         if unit.quantity == "h_t":
             reference = self.reference()
             details["reference_epoch"] = reference.number if reference else None
-        return ResultRow(
-            step="analysis",
-            protocol=self.protocol,
-            dataset=self.names[unit.place],
-            split=found.split or unit.split,
-            metric=found.metric,
-            value=found.value,
-            unit=found.unit,
-            init=self.init,
-            seed=self.facts.seed,
-            epoch=epoch.number,
-            selection=found.selection,
-            weights=epoch.sha256,
-            weights_path=str(epoch.path),
-            config=self._hash(unit),
-            run=str(self.run),
-            details=details | found.details,
-        )
+        row = self._unmeasured(epoch, unit, split, found.metric, found.unit, found.selection)
+        return dataclasses.replace(row, value=found.value, details=details | found.details)
 
 
 def summary(timeline: Timeline, todo: Sequence[tuple[Epoch, Unit]]) -> list[str]:

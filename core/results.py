@@ -18,31 +18,33 @@ from pathlib import Path
 from typing import Any
 
 from core.config import ROOT, InputError
+from core.identity import measurement
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1: config hashed seed and folders, data was of detection only, no version
 ROWS_FILE = "results.jsonl"  # in every run folder
 STEPS = ("pretrain", "detection", "transfer", "analysis")
 
 
 @dataclasses.dataclass(frozen=True)
 class ResultRow:
-    """One number. Rows that differ in protocol, dataset, split, data or selection share no mean."""
+    """One number. Only rows of equal ``core.identity.identity`` share a mean."""
 
     step: str  # one of STEPS
-    protocol: str  # the named recipe that was evaluated, e.g. "mask_rcnn_R50_FPN_1x"
+    protocol: str  # the name of the recipe, e.g. "mask_rcnn_R50_FPN_1x"
     dataset: str  # what it was evaluated on, e.g. "coco_2017", "shapes"
     split: str  # "val", "test", "train"
     metric: str  # "bbox/AP", "segm/AP50", "top1", "recall@1", "nmi", "mi_xt", …
     value: float | None  # None: not defined here (e.g. AP of an area range without objects)
     unit: str  # "%" (0..100), "nat", "s", "1"
-    init: str  # the initialisation that was judged, e.g. "ctc", "ce", "random", "moco_v2"
+    init: str  # the initialisation that was evaluated, e.g. "ctc", "ce", "random", "moco_v2"
     seed: int
     epoch: int | None = None  # pretraining epoch of the weights, where known
-    selection: str = "last"  # which model was judged: "last", or "best on held-out train"; not test
+    selection: str = "last"  # which model was taken: "last", or "best on held-out train"; not test
     weights: str = ""  # sha256 of the weights file that was read
     weights_path: str = ""
-    config: str = ""  # sha256 of the resolved config
-    data: str = ""  # detection: sha256 of what it learned from / was judged on, 12 digits each
+    config: str = ""  # core.identity.recipe_hash of the resolved recipe
+    data: str = ""  # core.identity.data_digest: the content of what was learned from / evaluated on
+    version: int = 1  # of the protocol: raised when what it computes changes
     code: str = ""  # git commit, "+dirty" when the work tree differed from it
     run: str = ""  # run folder
     time: str = ""  # UTC, ISO 8601
@@ -127,13 +129,10 @@ def is_set_aside(run: Path, below: Path) -> bool:
 
 
 def latest(rows: Iterable[ResultRow]) -> list[ResultRow]:
-    """Keep the newest row of each measurement (same identity: everything but value and time)."""
+    """Keep the newest row of each ``core.identity.measurement``."""
     newest: dict[tuple[Any, ...], ResultRow] = {}
     for row in rows:
-        key = (
-            row.step, row.protocol, row.dataset, row.split, row.metric,
-            row.init, row.seed, row.epoch, row.selection, row.weights, row.data,
-        )  # fmt: skip
+        key = measurement(row)
         newest.pop(key, None)
         newest[key] = row
     return list(newest.values())
@@ -143,11 +142,6 @@ def sha256_of(path: str | Path) -> str:
     """Return the sha256 of a file's bytes, in hex."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def config_hash(config: dict[str, Any]) -> str:
-    """Return a sha256 of a resolved config that does not depend on the order of its keys."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @functools.cache

@@ -83,6 +83,11 @@ class IndexedDataset(Dataset[Any]):
         several = self.labels.dim() > 1
         self._labels: Any = self.labels if several else self.labels.tolist()
 
+    @property
+    def digest(self) -> str:
+        """A sha256, in hex, of what the images, labels and classes are, not of where they lie."""
+        return self.source.digest
+
     def __len__(self) -> int:
         return len(self.source)
 

@@ -5,8 +5,13 @@ N images, H×W pixels, K classes. Arrays on disk are N×H×W×3 RGB; a source ho
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
+import itertools
+import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -17,6 +22,7 @@ from torch import Tensor
 
 from core.errors import InputError, UnreadableImage
 
+STAT_THREADS, STAT_BLOCK = 16, 1024  # for file systems on which each file costs a round trip
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".webp", ".tif", ".tiff")
 
 
@@ -68,6 +74,24 @@ class Source:
     def __len__(self) -> int:
         return len(self.images)
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """A sha256, in hex, of labels, class names and images, wherever they lie.
+
+        Images in memory and in shards count by their bytes, files by their size and their name
+        below the folder that all of them share: none of a million files is opened.
+        """
+        found = hashlib.sha256(json.dumps([tuple(self.labels.shape), self.classes]).encode())
+        found.update(self.labels.contiguous().flatten().numpy().data)
+        if isinstance(self.images, Tensor):
+            found.update(f"{tuple(self.images.shape)}".encode())
+            found.update(self.images.contiguous().flatten().numpy().data)
+        elif isinstance(self.images, list):
+            found.update("\n".join(_names_and_sizes(self.images)).encode())
+        else:
+            found.update(self.images.signature())
+        return found.hexdigest()
+
     def subset(self, positions: Tensor) -> "Source":
         """Return the images at ``positions``, in that order."""
         images: Tensor | list[Path] | Encoded
@@ -102,6 +126,29 @@ class Source:
         if isinstance(self.images, list):
             return read_image(self.images[position])
         return self.images.decode(position)
+
+
+def _names_and_sizes(paths: list[Path]) -> Iterator[str]:
+    """Yield each file's name below their common folder and its size in bytes, -1 if missing."""
+    if not paths:
+        return
+    names = [str(path) for path in paths]
+    shared = os.path.commonpath([Path(min(names)).parent, Path(max(names)).parent])
+    blocks = [paths[first : first + STAT_BLOCK] for first in range(0, len(paths), STAT_BLOCK)]
+    with ThreadPoolExecutor(STAT_THREADS) as pool:
+        sizes = itertools.chain.from_iterable(pool.map(_sizes, blocks))
+        for name, size in zip(names, sizes, strict=True):
+            yield f"{name[len(shared) :].lstrip(os.sep)} {size}"
+
+
+def _sizes(paths: list[Path]) -> list[int]:
+    sizes = []
+    for path in paths:
+        try:
+            sizes.append(path.stat().st_size)
+        except OSError:
+            sizes.append(-1)  # reading it will say so
+    return sizes
 
 
 def read_image(path: str | Path) -> Tensor:

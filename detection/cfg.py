@@ -2,7 +2,7 @@
 
 A protocol is a YAML file under ``configs/detection``: differences over its ``_BASE_``. Unknown
 keys and wrong types are errors; YAML tags are refused. What a run may choose without leaving its
-protocol (output folder, seed, device, weights, data) is listed in ``NEUTRAL``.
+protocol (output folder, seed, device, weights, data) is listed in ``core.identity.NEUTRAL``.
 """
 
 import hashlib
@@ -15,37 +15,11 @@ from typing import Any
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
+from core import identity
 from core.config import find_config, nearest, read_with_bases
 from core.errors import InputError
-from core.results import config_hash
 from detection import heads as heads  # registers the head that the C4 protocols name
 
-# Keys that do not make another protocol: where, on what and from which weights it runs; rows name
-# data and weights by their sha256. The input convention (mean, std, order, stride) belongs to the
-# weights and is checked against them.
-NEUTRAL = (
-    "OUTPUT_DIR",
-    "SEED",
-    "VERSION",
-    "CUDNN_BENCHMARK",
-    "VIS_PERIOD",
-    "DATASETS",
-    "SUITE",
-    "DATALOADER.NUM_WORKERS",
-    "MODEL.DEVICE",
-    "MODEL.WEIGHTS",
-    "MODEL.PIXEL_MEAN",
-    "MODEL.PIXEL_STD",
-    "MODEL.RESNETS.STRIDE_IN_1X1",
-    "MODEL.ROI_HEADS.NUM_CLASSES",
-    "MODEL.RETINANET.NUM_CLASSES",
-    "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS",
-    "INPUT.FORMAT",
-    "INPUT.MASK_FORMAT",
-    "SOLVER.CHECKPOINT_PERIOD",
-    "TEST.EVAL_PERIOD",
-    "TEST.EXPECTED_RESULTS",
-)
 SYNC_NORM, NAIVE_NORM = "SyncBN", "naiveSyncBN"
 
 
@@ -55,6 +29,7 @@ def default_cfg() -> CfgNode:
     cfg.OUTPUT_DIR = ""  # chosen by the tool: runs/detection/<protocol>…
     suite = cfg.SUITE = CfgNode()
     suite.PROTOCOL = ""  # name in the result rows; empty: the config file's stem
+    suite.VERSION = 1  # of the protocol in the result rows: raised when what it computes changes
     suite.EXPECTED_HOURS = 0.0  # on 8 GPUs; what --dry-run prints
     suite.KEEP_LAST = 2  # checkpoints kept beside the milestones
     suite.MILESTONE_PERIOD = 0  # iterations between checkpoints that are kept for good; 0: none
@@ -122,22 +97,17 @@ def merge(cfg: CfgNode, content: dict[str, Any], where: str) -> None:
 
 def protocol_keys(cfg: CfgNode) -> dict[str, Any]:
     """Return the keys that make the protocol, dotted, with plain values."""
-    return {key: _plain(value) for key, value in _leaves(cfg) if not is_neutral(key)}
+    return identity.effective(_plain(cfg))
 
 
 def hash_of(cfg: CfgNode) -> str:
-    """Return a sha256 of what makes the protocol."""
-    return config_hash(protocol_keys(cfg))
+    """Return a hash of what makes the protocol."""
+    return identity.recipe_hash(_plain(cfg))
 
 
 def changed_keys(cfg: CfgNode, base: dict[str, Any]) -> dict[str, Any]:
     """Return the protocol keys of ``cfg`` whose values differ from those of ``base``."""
-    return {key: value for key, value in protocol_keys(cfg).items() if value != base.get(key)}
-
-
-def is_neutral(key: str) -> bool:
-    """Whether a key may differ without making another protocol."""
-    return any(key == neutral or key.startswith(neutral + ".") for neutral in NEUTRAL)
+    return identity.changed_keys(_plain(cfg), base)
 
 
 def protocol_name(cfg: CfgNode, changed: dict[str, Any]) -> str:

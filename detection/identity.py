@@ -1,6 +1,5 @@
 """What a detection run is: what tells its rows apart, and what an earlier start has recorded."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from core.errors import InputError
+from core.identity import data_digest
 from core.results import sha256_of
 from detection import cfg as configs
 from detection import weights as weight_files
@@ -48,11 +48,12 @@ def identity_of(
         "weights_path": str(weights.path) if weights else "",
         "config": configs.hash_of(cfg),
         "data": data,
+        "version": cfg.SUITE.VERSION,
     }
     if own:  # a detector of ours: what was trained is what it says, whatever config judges it
         judged = {k: v for k, v in configs.changed_keys(cfg, own["config"]).items() if _at_test(k)}
         trained = {k: own[k] for k in ("init", "seed", "epoch", "weights", "weights_path")}
-        identity |= trained | {"protocol": own["protocol"]}
+        identity |= trained | {"protocol": own["protocol"], "version": own.get("version", 1)}
         identity["data"] = own.get("data", "").partition("/")[0] + data
         if judged:
             cfg.SUITE.PROTOCOL = own["protocol"]
@@ -66,8 +67,7 @@ def data_of(train: Sequence[Split], val: Split) -> str:
     Returns:
         ``TRAIN/VAL``, 12 hex digits of a sha256 each; no TRAIN where nothing is trained.
     """
-    learned = _digest("".join(map(_content, train))) if train else ""
-    return f"{learned}/{_digest(_content(val))}"
+    return data_digest([_content(split) for split in train], [_content(val)])
 
 
 def _content(split: Split) -> str:
@@ -75,10 +75,6 @@ def _content(split: Split) -> str:
     if split.kind not in OWN_FORMATS:
         return sha256_of(split.json)
     return repr((split.catalog_name, split.num_images, split.num_objects))
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _init_name(weights: Weights | None) -> str:
@@ -96,6 +92,7 @@ def facts_of(cfg: CfgNode, identity: dict[str, Any], val: Split) -> dict[str, An
     """Return what the checkpoints of a run say of themselves."""
     own = {k: identity[k] for k in ("protocol", "init", "seed", "epoch", "weights", "weights_path")}
     own["data"] = identity.get("data", "")  # unknown in a run that was begun without it
+    own["version"] = identity.get("version", 1)
     return {
         **weight_files.config_convention(cfg),
         "classes": list(val.classes),

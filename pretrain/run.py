@@ -15,12 +15,12 @@ from core import dist
 from core.config import load_config, save_config, to_dict
 from core.errors import InputError
 from core.files import ENDING, sweep
+from core.identity import data_digest, recipe_hash
 from core.results import (
     ROWS_FILE,
     ResultRow,
     append_rows,
     code_version,
-    config_hash,
     read_rows,
     sha256_of,
 )
@@ -43,19 +43,13 @@ from training.loop import Hooks, LoopConfig, Objective
 METHODS = ("random", "ce", "ctc")
 LARGEST_SEED = (1 << 32) - 1
 CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"  # in a run folder
-WITHOUT_EFFECT: dict[
-    str, tuple[str, ...]
-] = {  # keys that a resume may change: no weight depends on them
-    "loop": loop.WITHOUT_EFFECT,
-    "data": ("workers", "root"),
-    "": ("recipe", "init"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
     """A pretraining recipe."""
 
+    version: int = 1  # of the recipe: raised when what it computes changes
     recipe: str = ""  # its name in result rows; the tool sets the file's
     init: str = ""  # the initialisation's name in tables; "": the method
     method: str = "ce"  # ce, ctc, or random: only the initialisation is saved, as epoch 0
@@ -115,7 +109,7 @@ def pretrain(config: PretrainConfig, folder: Path, resume_run: bool = False) -> 
     )
     if last and not dist.from_main(lambda: is_recorded(folder, last)):
         value = scores[last] if last in scores else top1(model, held_out, config, device)
-        dist.from_main(lambda: record(config, folder, held_out, path, value))
+        dist.from_main(lambda: record(config, folder, dataset, held_out, path, value))
     elif resume_run and dist.is_main():
         print(f"{folder} was finished already; nothing to do")
     dist.barrier()
@@ -229,13 +223,15 @@ def write_config(config: PretrainConfig, folder: Path) -> None:
     dist.barrier()
 
 
+def recipe_of(config: PretrainConfig) -> dict[str, Any]:
+    """Return the part of a config that its method reads."""
+    unread = {"ce", "ctc"} - {config.method}
+    return {key: value for key, value in to_dict(config).items() if key not in unread}
+
+
 def fingerprint(config: PretrainConfig) -> str:
-    """Return a hash of everything in a recipe that its weights depend on."""
-    content = to_dict(config)
-    for group, keys in WITHOUT_EFFECT.items():
-        for key in keys:
-            del (content[group] if group else content)[key]
-    return config_hash(content)
+    """Return a hash of the recipe, and the seed: beside the data, all that weights depend on."""
+    return f"{recipe_hash(recipe_of(config))} seed {config.seed}"
 
 
 def checkpoint_path(folder: Path, epoch: int) -> Path:
@@ -261,10 +257,14 @@ def facts_of(config: PretrainConfig, dataset: IndexedDataset, epoch: int) -> che
 
 
 def record(
-    config: PretrainConfig, folder: Path, held_out: IndexedDataset, path: Path, value: float
+    config: PretrainConfig,
+    folder: Path,
+    dataset: IndexedDataset,
+    held_out: IndexedDataset,
+    path: Path,
+    value: float,
 ) -> None:
     """Append the run's number to its ``results.jsonl``."""
-    content = to_dict(config)
     row = ResultRow(
         step="pretrain",
         protocol=config.recipe,
@@ -278,7 +278,9 @@ def record(
         epoch=int(path.stem.removeprefix("epoch_")),
         weights=sha256_of(path),
         weights_path=str(path),
-        config=config_hash(content),
+        config=recipe_hash(recipe_of(config)),
+        data=data_digest([dataset.digest], [held_out.digest]),
+        version=config.version,
         run=str(folder),
         details={
             "images": len(held_out),

@@ -22,14 +22,16 @@ ALLOWED = {
     "detection": FLOORS | {"convert", "detection", "detectron2"},
     "transfer": FLOORS | {"transfer"},
     "analysis": FLOORS | {"analysis", "transfer.linear"},
-    "report": {"core.results", "core.config", "report"},
+    "report": {"core.results", "core.identity", "core.config", "report"},
     "suite": {"core", "report", "suite"},
 }
 PURE = (
     "pretrain.losses", "convert.names", "convert.sources", "analysis.retrieval",
     "analysis.clustering", "analysis.mutual_information",
 )  # fmt: skip
-TORCH_FREE = ("core.results", "core.config", "core.errors", "core.files", "report", "suite")
+TORCH_FREE = (
+    "core.results", "core.identity", "core.config", "core.errors", "core.files", "report", "suite",
+)  # fmt: skip
 OURS = {*PACKAGES, "tools", "tests", "benchmarks"}
 
 

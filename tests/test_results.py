@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from core.config import InputError
-from core.results import ResultRow, append_rows, code_version, config_hash, latest, read_rows
+from core.results import ResultRow, append_rows, code_version, latest, read_rows
 
 
 def _row(value: float | None = 1.0, **changes: object) -> ResultRow:
@@ -65,13 +65,6 @@ def test_the_newest_of_one_measurement_stands_and_others_are_kept() -> None:
     rows = [_row(1.0), _row(2.0, seed=2), _row(3.0), _row(4.0, weights="b"), _row(5.0, epoch=3)]
     rows += [_row(6.0, data="a/b"), _row(7.0, data="c/b")]
     assert [row.value for row in latest(rows)] == [2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
-
-
-def test_a_config_hash_does_not_depend_on_the_order_of_keys() -> None:
-    assert config_hash({"a": 1, "b": {"c": 2, "d": 3}}) == config_hash(
-        {"b": {"d": 3, "c": 2}, "a": 1}
-    )
-    assert config_hash({"a": 1}) != config_hash({"a": 2})
 
 
 def test_the_code_version_is_the_commit_of_the_checkout() -> None:

@@ -29,8 +29,6 @@ from training.watch import LossWatch, StopRequests
 __all__ = ["LoopConfig", "NonFiniteLoss", "Objective", "Stage", "Stopped", "train"]
 
 OPTIMIZERS = ("sgd", "adamw")
-# keys of LoopConfig that no weight depends on
-WITHOUT_EFFECT = ("device", "timeout", "save_every", "resume_every", "eval_every", "log_every")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,12 +3,13 @@
 import dataclasses
 from typing import Any
 
+from core import identity
 from core.config import to_dict
 from core.errors import InputError
 from data.datasets import DataConfig
 from models import amp
 from models.features import DTYPES
-from training.loop import WITHOUT_EFFECT, LoopConfig
+from training.loop import LoopConfig
 from transfer import finetune, linear
 from transfer.finetune import FinetuneConfig
 from transfer.linear import LinearConfig
@@ -48,6 +49,7 @@ class FewShotConfig:
 class TransferConfig:
     """Which protocols, on which data."""
 
+    version: int = 1  # of the protocol: raised when what it computes changes
     methods: list[str] = dataclasses.field(default_factory=lambda: ["linear"])  # keys of METHODS
     protocol: str = ""  # how rows name the recipe; "": after the method; "released": see RELEASED
     seed: int = -1  # of heads, draws and augmentation; -1: the checkpoint's own
@@ -68,22 +70,19 @@ READ_BY: dict[str, tuple[str, ...]] = {  # the groups of keys that a method's nu
     "released": ("data", "released"),
     "finetune": ("data", "finetune", "loop"),
 }
-NEUTRAL = {  # of them, the keys that make no other recipe: where it runs, and what rows say anyway
-    "data": ("name", "root", "image_size", "limit", "workers"),
-    "features": ("batch_size", "cache"),
-    "loop": WITHOUT_EFFECT,
-}
+IN_ROWS = ("data.name", "data.image_size", "data.limit")  # keys that a protocol's name tells anyway
+
+
+def recipe_of(config: TransferConfig, method: str) -> dict[str, Any]:
+    """Return the part of a config that a method reads."""
+    content = to_dict(config)
+    return {group: content[group] for group in READ_BY[method]}
 
 
 def changed_keys(config: TransferConfig, recipe: TransferConfig, method: str) -> dict[str, Any]:
     """Return the keys (dotted) of what a method reads that are not as in its recipe."""
-    mine, its = to_dict(config), to_dict(recipe)
-    return {
-        f"{group}.{key}": value
-        for group in READ_BY[method]
-        for key, value in mine[group].items()
-        if value != its[group][key] and key not in NEUTRAL.get(group, ())
-    }
+    changed = identity.changed_keys(recipe_of(config, method), recipe_of(recipe, method))
+    return {key: value for key, value in changed.items() if key not in IN_ROWS}
 
 
 def methods_of(config: TransferConfig) -> list[str]:

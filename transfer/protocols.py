@@ -4,6 +4,7 @@ Shapes: N images, D feature dimensions, K classes.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,13 @@ import torch
 from torch import Tensor
 
 from core import dist
-from core.config import to_dict
 from core.errors import InputError
-from core.results import config_hash
+from core.identity import data_digest, recipe_hash
 from data.datasets import IndexedDataset
 from models.features import CACHE_DIR, DTYPES, Features, cached
 from transfer import fewshot, finetune, knn, linear
 from transfer.backbone import Backbone
-from transfer.config import RELEASED, TransferConfig
+from transfer.config import RELEASED, TransferConfig, recipe_of
 from transfer.data import Splits, parts_to_choose_by
 from transfer.metrics import METRICS
 from transfer.released import released_probe
@@ -53,6 +53,12 @@ class Transfer:
         self.seed, self.output, self.resume = seed, output, resume
         self.device = dist.init(config.loop.device)
         self._features: dict[str, Features] = {}
+
+    @functools.cached_property
+    def data(self) -> str:
+        """The digest of what is learned from and what is evaluated on."""
+        learned = [part.digest for part in (self.splits.train, self.splits.val) if part is not None]
+        return data_digest(learned, [self.splits.test.digest])
 
     def features(self, part: str) -> tuple[Tensor, Tensor]:
         """Return features N×D and labels of "train", "val" or "test", on the device."""
@@ -169,10 +175,10 @@ def _released(unit: Transfer) -> list[Outcome]:
 
 def _finetune(unit: Transfer) -> list[Outcome]:
     config = unit.config
-    relevant = {k: v for k, v in to_dict(config).items() if k in ("data", "finetune", "loop")}
+    recipe = recipe_hash(recipe_of(config, "finetune"))
     job = finetune.Job(
         unit.backbone, config.finetune, config.loop, config.data, unit.seed, unit.device,
-        f"{unit.backbone.sha256} {config_hash(relevant)} seed {unit.seed}", unit.resume,
+        f"{unit.backbone.sha256} {recipe} {unit.data} seed {unit.seed}", unit.resume,
     )  # fmt: skip
     tuned = finetune.finetune(job, unit.splits, unit.output / "finetune")
     details = {

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from core import dist
-from core.config import save_config, to_dict
+from core.config import save_config
 from core.errors import InputError
-from core.results import ROWS_FILE, ResultRow, append_rows, config_hash
+from core.identity import recipe_hash
+from core.results import ROWS_FILE, ResultRow, append_rows
 from data.catalogue import look_up
 from transfer.backbone import Backbone
-from transfer.config import TransferConfig, changed_keys, check, methods_of
+from transfer.config import TransferConfig, changed_keys, check, methods_of, recipe_of
 from transfer.data import open_splits
 from transfer.protocols import METHODS, NEEDS, Outcome, Transfer
 
@@ -85,7 +86,7 @@ def _row(unit: Transfer, outcome: Outcome, details: dict[str, Any]) -> ResultRow
     if config.data.limit:
         changed += f"_limit{config.data.limit}"
     if details["overrides"]:
-        changed += f"+{config_hash(details['overrides'])[:6]}"
+        changed += f"+{recipe_hash(details['overrides'])[:6]}"
     details = details | {
         "image_size": test.image_size,
         "train_images": len(unit.splits.train) + len(unit.splits.val or ()),
@@ -109,7 +110,9 @@ def _row(unit: Transfer, outcome: Outcome, details: dict[str, Any]) -> ResultRow
         selection=outcome.selection,
         weights=backbone.sha256,
         weights_path=backbone.path,
-        config=config_hash(to_dict(config)),
+        config=recipe_hash(recipe_of(config, details["method"])),
+        data=unit.data,
+        version=config.version,
         run=str(unit.output),
         details=details | outcome.details,
     )

@@ -1,0 +1,180 @@
+"""Which numbers may be compared: the recipe, data and protocol version that a number came from.
+
+Two rows are trials of one experiment if and only if their ``identity`` is equal. It joins the
+hash of the recipe (defaults included, without the keys that no number depends on), a digest of the
+content of the data, and the protocol's version, an integer that is raised when what the protocol
+computes changes. It holds no commit: two trials are often measured at different ones.
+This module imports no torch, so that reports and suites can ask it.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from core.results import ResultRow
+
+DIGITS = 12  # hex digits of a hash in a row: 48 bits
+UNKNOWN = "unknown identity: written before rows recorded recipe, data and version"
+FIRST_KNOWN_SCHEMA = 2  # rows of schema 1 have no recipe hash or data digest to rely on
+
+# Keys that no number depends on, wherever they stand in a recipe; an entry also covers what is
+# below it. Data are known by their digest and not by a folder, a trial by its seed. "version" is a
+# field of the row.
+NEUTRAL = (
+    # of this project's recipes
+    "recipe",
+    "init",
+    "seed",
+    "version",
+    "device",
+    "timeout",
+    "root",
+    "workers",
+    "cache",
+    "save_every",
+    "resume_every",
+    "eval_every",
+    "log_every",
+    "features.batch_size",
+    "epochs_at_once",
+    # of detectron2's configs; the input convention (mean, std, order, stride) belongs to the
+    # weights and is checked against them, numbers of classes to the data
+    "OUTPUT_DIR",
+    "SEED",
+    "VERSION",
+    "CUDNN_BENCHMARK",
+    "VIS_PERIOD",
+    "DATASETS",
+    "SUITE",
+    "DATALOADER.NUM_WORKERS",
+    "MODEL.DEVICE",
+    "MODEL.WEIGHTS",
+    "MODEL.PIXEL_MEAN",
+    "MODEL.PIXEL_STD",
+    "MODEL.RESNETS.STRIDE_IN_1X1",
+    "MODEL.ROI_HEADS.NUM_CLASSES",
+    "MODEL.RETINANET.NUM_CLASSES",
+    "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS",
+    "INPUT.FORMAT",
+    "INPUT.MASK_FORMAT",
+    "SOLVER.CHECKPOINT_PERIOD",
+    "TEST.EVAL_PERIOD",
+    "TEST.EXPECTED_RESULTS",
+)
+
+
+def is_neutral(key: str) -> bool:
+    """Whether no number depends on a dotted key: ``data.root``, ``targets.0.workers``, ``SEED``."""
+    parts = key.split(".")
+    spans = {
+        ".".join(parts[first:last])
+        for first in range(len(parts))
+        for last in range(first + 1, len(parts) + 1)
+    }
+    return not spans.isdisjoint(NEUTRAL)
+
+
+def effective(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the leaves of a recipe under dotted keys, without the neutral ones.
+
+    Args:
+        recipe: resolved, as nested mappings or dotted keys; only the groups that are read: a
+            cross-entropy run does not depend on ``ctc``.
+    """
+    return {key: value for key, value in _leaves(recipe) if not is_neutral(key)}
+
+
+def recipe_hash(recipe: Mapping[str, Any]) -> str:
+    """Return a hash (12 hex digits) of ``effective(recipe)``; the order of keys does not count."""
+    return _digest(json.dumps(effective(recipe), sort_keys=True, default=str))
+
+
+def changed_keys(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of ``effective(new)`` that differ from those of ``old``, with their values.
+
+    A key that only ``old`` has counts as changed to None.
+    """
+    mine, its = (json.loads(json.dumps(effective(r), default=str)) for r in (new, old))
+    return {k: mine.get(k) for k in {**mine, **its} if k not in its or mine.get(k) != its[k]}
+
+
+def data_digest(learned: Sequence[str], evaluated: Sequence[str]) -> str:
+    """Return ``LEARNED/EVALUATED``, 12 hex digits each, of the digests of their splits.
+
+    Args:
+        learned: digests of the splits that are trained on; empty: nothing is, and that part is "".
+        evaluated: of the splits that the number is measured on.
+    """
+    return "/".join(_digest("\n".join(part)) if part else "" for part in (learned, evaluated))
+
+
+class Identity(NamedTuple):
+    """What the trials of one experiment share, beside the initialisation that they compare."""
+
+    step: str
+    protocol: str
+    version: int  # 0: unknown
+    config: str
+    data: str
+    dataset: str
+    split: str
+    selection: str
+    metric: str
+    code: str = ""  # of a row of unknown identity: nothing else says what computed it
+
+    @property
+    def known(self) -> bool:
+        """Whether recipe, data and version are known; unknown ones only equal each other."""
+        return self.version > 0
+
+
+def identity(row: "ResultRow") -> Identity:
+    """Return what a row shares with the other trials of its experiment, and with no other row.
+
+    Rows written before schema 2 are of unknown identity: they never equal a known one.
+    """
+    known = row.schema >= FIRST_KNOWN_SCHEMA
+    return Identity(
+        row.step,
+        row.protocol,
+        row.version if known else 0,
+        row.config if known or row.step == "detection" else "",  # else it hashed seed and folders
+        row.data,
+        row.dataset,
+        row.split,
+        row.selection,
+        row.metric,
+        "" if known else row.code,
+    )
+
+
+def measurement(row: "ResultRow") -> tuple[Any, ...]:
+    """Return what only a repetition of the same measurement shares: its newest row counts."""
+    experiment = identity(row)._replace(code="")
+    return (experiment, row.weights, row.init, row.seed, row.epoch)
+
+
+def done(rows: Iterable["ResultRow"], wanted: Iterable["ResultRow"]) -> bool:
+    """Whether there is a row of each wanted measurement.
+
+    Args:
+        wanted: rows as they would be written; their values and details are not read.
+    """
+    return {measurement(row) for row in wanted} <= {measurement(row) for row in rows}
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value); mappings in a list are under their position."""
+    if isinstance(node, Mapping) and node:
+        for key, value in node.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(node, list | tuple) and any(isinstance(part, Mapping) for part in node):
+        yield from _leaves(dict(enumerate(node)), prefix)
+    else:
+        yield prefix, node
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
