@@ -11,13 +11,13 @@ import enum
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from core.config import InputError
 from core.results import ROWS_FILE, ResultRow, read_rows, sha256_of
-from suite.plan import Job
+from suite.plan import Job, Plan
 
 RESUME_FILES = (
     "resume*.pth",
@@ -114,6 +114,33 @@ def judge(job: Job, record: Record | None, source: Path | None) -> Verdict:
             State.RESUME, "it was interrupted" if record.state == "started" else "it failed"
         )
     return Verdict(State.RUN, "" if record.state == "started" else "it failed")
+
+
+def verdicts(plan: Plan) -> Iterator[tuple[Job, Verdict, Path | None]]:
+    """Yield every job with what is to be done about it and its input, without running anything."""
+    records = Records(plan.root)
+    done: set[str] = set()
+    for job in plan.jobs:
+        source = source_of(plan, job, records) if not job.needs or job.needs in done else None
+        verdict = judge(job, records.read(job), source)
+        if job.needs and job.needs not in done and verdict.state is not State.RERUN:
+            verdict = Verdict(State.RUN)
+        if verdict.state is State.DONE:
+            done.add(job.name)
+        yield job, verdict, source
+
+
+def source_of(plan: Plan, job: Job, records: Records) -> Path | None:
+    """Return a job's input file: the given weights, or the product of what it needs.
+
+    None where it is not there (yet), or is known by a library's name alone.
+    """
+    if job.weights is not None:
+        return job.weights if isinstance(job.weights, Path) and job.weights.is_file() else None
+    if not job.needs:
+        return None
+    needed = plan.job(job.needs)
+    return product_of(needed, records.read(needed))
 
 
 def changed_recipe(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -22,7 +22,17 @@ from suite.child import sigterm_interrupts
 from suite.clock import Clock, clock_time
 from suite.executors import Attempt, End, Executor, LocalExecutor, Task
 from suite.plan import Job, Plan, check_weights, command
-from suite.records import Record, Records, State, Verdict, finished, judge, make_room, product_of
+from suite.records import (
+    Record,
+    Records,
+    State,
+    Verdict,
+    finished,
+    judge,
+    make_room,
+    source_of,
+    verdicts,
+)
 from suite.space import expected_disk
 
 Say = Callable[[str], None]
@@ -240,21 +250,7 @@ class _Runner:
         return Task(job.name, words, job.output, log, gpus, resumes=job.kind != "convert")
 
 
-def verdicts(plan: Plan) -> Iterator[tuple[Job, Verdict, Path | None]]:
-    """Yield every job with what is to be done about it and its input, without running anything."""
-    records = Records(plan.root)
-    done: set[str] = set()
-    for job in plan.jobs:
-        source = source_of(plan, job, records) if not job.needs or job.needs in done else None
-        verdict = judge(job, records.read(job), source)
-        if job.needs and job.needs not in done and verdict.state is not State.RERUN:
-            verdict = Verdict(State.RUN)
-        if verdict.state is State.DONE:
-            done.add(job.name)
-        yield job, verdict, source
-
-
-def dry_run(plan: Plan, say: Say = print, slots: int = 1) -> None:
+def print_plan(plan: Plan, say: Say = print, slots: int = 1) -> None:
     """Print what would be run, why, and the command lines; ``slots`` jobs would run at once."""
     suite = plan.suite
     counts = f"{_count(len(plan.cells), 'cell')}, {_count(len(plan.jobs), 'step')}"
@@ -273,19 +269,6 @@ def dry_run(plan: Plan, say: Say = print, slots: int = 1) -> None:
     time = Clock(plan, records).eta(waiting, slots)
     disk = expected_disk(plan, waiting, records)
     say(f"{_count(len(waiting), 'step')} to run, expected time {time}, disk {disk}")
-
-
-def source_of(plan: Plan, job: Job, records: Records) -> Path | None:
-    """Return a job's input file: the given weights, or the product of what it needs.
-
-    None where it is not there (yet), or is known by a library's name alone.
-    """
-    if job.weights is not None:
-        return job.weights if isinstance(job.weights, Path) and job.weights.is_file() else None
-    if not job.needs:
-        return None
-    needed = plan.job(job.needs)
-    return product_of(needed, records.read(needed))
 
 
 def describe(job: Job) -> str:

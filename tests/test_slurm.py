@@ -207,10 +207,9 @@ def run_suite(tmp_path: Path, tool: Path) -> subprocess.Popen[str]:
     (tmp_path / "run_transfer.py").write_text(TRANSFER)
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from pathlib import Path\nfrom suite.benchmark import Request, benchmark\n"
-        f"asked = Request({str(tmp_path / 'suite.yaml')!r}, {str(tmp_path / 'runs')!r}, "
-        "executor='slurm')\n"
-        f"sys.exit(benchmark(asked, Path({str(tool.parent)!r})))"
+        "from pathlib import Path\nfrom suite.benchmark import benchmark\n"
+        f"sys.exit(benchmark({str(tmp_path / 'suite.yaml')!r}, {str(tmp_path / 'runs')!r}, "
+        f"executor='slurm', tools=Path({str(tool.parent)!r})))"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

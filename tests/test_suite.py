@@ -23,14 +23,14 @@ from core.config import ROOT, InputError, load_config
 from core.disk import free_bytes, size
 from core.results import ResultRow
 from report.runs import read_run
-from suite import rebuild
-from suite.benchmark import Request, benchmark
+from suite.benchmark import benchmark
 from suite.child import Child
 from suite.clock import Clock, clock_time
 from suite.executors import LocalExecutor, Task
+from suite.page import rebuild
 from suite.plan import command, make_plan, select
-from suite.records import Record, Records, State, changed_recipe, make_room
-from suite.runner import dry_run, run_plan, verdicts
+from suite.records import Record, Records, State, changed_recipe, make_room, verdicts
+from suite.runner import print_plan, run_plan
 from suite.schema import Suite, load_suite
 from suite.space import expected_disk
 
@@ -131,8 +131,7 @@ class Bench:
 
     def run(self, *overrides: str, **request: object) -> int:
         values = {"config": str(self.config), "output": str(self.root)} | request
-        asked = Request(**values, overrides=list(overrides))  # type: ignore[arg-type]
-        return benchmark(asked, self.tools)
+        return benchmark(**values, overrides=overrides, tools=self.tools)  # type: ignore[arg-type]
 
     def calls(self) -> list[list[str]]:
         """Return the calls since the last time."""
@@ -340,9 +339,9 @@ def start(
     """Start the suite in a process of its own, and wait until the hanging steps have begun."""
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from pathlib import Path\nfrom suite.benchmark import Request, benchmark\n"
-        f"sys.exit(benchmark(Request({str(bench.config)!r}, {str(bench.root)!r}, jobs={jobs}), "
-        f"Path({str(bench.tools)!r})))"
+        "from pathlib import Path\nfrom suite.benchmark import benchmark\n"
+        f"sys.exit(benchmark({str(bench.config)!r}, {str(bench.root)!r}, jobs={jobs}, "
+        f"tools=Path({str(bench.tools)!r})))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -514,16 +513,14 @@ def test_the_report_is_rebuilt_from_rows_alone(bench: Bench, capsys):
     shutil.copytree(bench.root / "quick", bench.folder / "laptop/quick")
     shutil.copy(bench.root / "suite.yaml", bench.folder / "laptop")
     for name in ("laptop", "runs"):
-        asked = rebuild.Request([str(bench.folder / name)], output=str(bench.folder / "again"))
-        rebuild.rebuild(asked)
+        rebuild([str(bench.folder / name)], output=str(bench.folder / "again"))
         assert (bench.folder / "again/table.md").read_text() == table
-    asked = rebuild.Request([str(bench.root)], baseline="random", columns="bbox/AP", format="csv")
     capsys.readouterr()
-    rebuild.rebuild(asked)
+    rebuild([str(bench.root)], baseline="random", columns="bbox/AP", format="csv")
     lines = list(csv.DictReader(capsys.readouterr().out.splitlines()[:3]))
     assert [line["delta"] for line in lines] == ["", "-4.0"]  # the stand-ins count letters
     with pytest.raises(InputError, match="no result rows"):
-        rebuild.rebuild(rebuild.Request([str(bench.root / "pretrain")]))
+        rebuild([str(bench.root / "pretrain")])
 
 
 def test_transfers_read_the_weights_unconverted_and_get_their_seed_as_a_key(bench: Bench):
@@ -576,7 +573,7 @@ def test_the_quickstart_and_the_other_suites_can_be_read():
         plan = make_plan(suite, file.stem, "/nowhere")
         assert {cell.init for cell in plan.cells} == set(suite.initialisations)
         said: list[str] = []
-        dry_run(plan, said.append)
+        print_plan(plan, said.append)
         assert f"{len(plan.cells)} cells" in said[0]
 
 
@@ -671,6 +668,15 @@ def test_a_published_protocol_brings_its_hours_where_it_is_unchanged():
 
 def test_times_are_written_as_clocks():
     assert [clock_time(s) for s in (3, 125, 3723)] == ["0:03", "2:05", "1:02:03"]
+
+
+@pytest.mark.parametrize("tool", sorted(p.name for p in (ROOT / "tools").glob("[a-z]*.py")))
+def test_an_unknown_option_of_any_tool_is_one_sentence(tool: str, call_tool):
+    status, _, said = call_tool(tool, "--nonsense")
+    assert status == 2
+    assert said.startswith("error: ")
+    assert said.endswith(" (see --help)\n")
+    assert said.count("\n") == 1
 
 
 def test_rows_carry_what_done_is_judged_by():

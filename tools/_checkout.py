@@ -1,10 +1,12 @@
 """Puts the checkout's root first on ``sys.path``; bad input becomes one line and status 2."""
 
+import argparse
 import importlib.util
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV_PYTHON = ROOT / ".venv" / "bin" / "python"
@@ -14,6 +16,19 @@ if importlib.util.find_spec("omegaconf") is None:  # another Python: use the che
     if not VENV_PYTHON.exists() or Path(sys.prefix).resolve() == (ROOT / ".venv").resolve():
         sys.exit("error: the suite is not set up; run `make .venv` in " + str(ROOT))
     os.execv(VENV_PYTHON, [str(VENV_PYTHON), *sys.argv])
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that keeps the lines of its description; its errors are ``InputError``."""
+
+    def __init__(self, description: str | None) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=formatter)
+
+    def error(self, message: str) -> NoReturn:
+        from core.errors import InputError
+
+        raise InputError(f"{message} (see --help)")
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -14,19 +14,11 @@ makes the exit status 1). Beside the runs: table.md, table.tex, table.csv, repor
 import _checkout  # isort: skip
 
 import argparse
-from typing import NoReturn
-
-from core.errors import InputError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see --help)")
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    p = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = _checkout.Parser(__doc__)
     p.add_argument("--config", default="suites/quickstart.yaml", help="as given or under configs/")
     p.add_argument("--output", default="", help="folder of the suite; default: runs/<its name>")
     p.add_argument("--only", default="", metavar="A,B", help="initialisations, protocols, cells")
@@ -44,9 +36,9 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Plan, run, report; return 1 where a cell has failed."""
     arguments = parser().parse_intermixed_args()
-    from suite.benchmark import Request, benchmark
+    from suite.benchmark import benchmark
 
-    return benchmark(Request(**vars(arguments)))
+    return benchmark(**vars(arguments))
 
 
 if __name__ == "__main__":

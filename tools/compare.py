@@ -16,9 +16,7 @@ import argparse
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = _checkout.Parser(__doc__)
     p.add_argument("runs", nargs="+", metavar="RUNS", help="run folders, or folders of them")
     p.add_argument("--baseline", default="ce", help="initialisation that every Δ refers to")
     p.add_argument("--resamples", type=int, default=1000, help="draws of the images")

@@ -11,21 +11,15 @@ tools/convert_to_d2.py --list-formats
 import _checkout  # isort:skip
 
 import argparse
-from typing import NoReturn
 
 from convert.sources import SOURCES
 from core.errors import InputError
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see --help)")
-
-
 def parse() -> argparse.Namespace:
     """Return the command line's arguments."""
     # fmt: off
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _checkout.Parser(__doc__)
     parser.add_argument("checkpoint", nargs="?", help="a file, timm:NAME or torchvision:NAME")
     parser.add_argument("--output", help="default: ckpt_d2.pth beside ckpt.pth")
     parser.add_argument("--format", help="insist on one of --list-formats")

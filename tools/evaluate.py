@@ -15,9 +15,7 @@ from pathlib import Path
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = _checkout.Parser(__doc__)
     p.add_argument("--results", type=Path, required=True, help="detections in COCO's result format")
     p.add_argument("--annotations", type=Path, required=True, help="COCO-format annotations")
     p.add_argument("--against", type=Path, help="detections that Δ refers to")

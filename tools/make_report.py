@@ -11,19 +11,11 @@ folder), and prints the table.
 import _checkout  # isort: skip
 
 import argparse
-from typing import NoReturn
-
-from core.errors import InputError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see --help)")
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    p = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = _checkout.Parser(__doc__)
     p.add_argument("runs", nargs="+", metavar="RUNS", help="run folders, or folders of them")
     p.add_argument("--output", default="", help="folder to write to; default: the first of RUNS")
     p.add_argument("--title", default="")
@@ -38,9 +30,9 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Read, write, print."""
     arguments = parser().parse_args()
-    from suite.rebuild import Request, rebuild
+    from suite.page import rebuild
 
-    rebuild(Request(**vars(arguments)))
+    rebuild(**vars(arguments))
 
 
 if __name__ == "__main__":

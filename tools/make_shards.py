@@ -10,14 +10,12 @@ data.name shards.
 
 import _checkout  # isort: skip
 
-import argparse
 from pathlib import Path
 
 
 def main() -> None:
     """Pack and say what was written."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = _checkout.Parser(__doc__)
     parser.add_argument("output", type=Path, metavar="FOLDER", help="made if it is missing")
     parser.add_argument("--config", help="YAML with the same keys, as given or under configs/")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="e.g. data.name imagenet")

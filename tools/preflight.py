@@ -21,9 +21,7 @@ from train_net import add_run_options
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = _checkout.Parser(__doc__)
     add_run_options(p)
     p.add_argument("--only", default="", metavar="A,B", help="these checks, and what they need")
     p.add_argument("--iterations", type=int, help="that are timed (20)")

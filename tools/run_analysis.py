@@ -21,9 +21,7 @@ from core.results import ROWS_FILE, ResultRow, read_rows
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _checkout.Parser(__doc__)
     parser.add_argument("--run", type=Path, action="append", default=[], help="a run folder")
     parser.add_argument("--config", help="a file, or a name under configs/")
     parser.add_argument("--init", default="", help="how rows name the run; default: its method")

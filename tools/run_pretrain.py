@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _checkout.Parser(__doc__)
     parser.add_argument("method", choices=("random", "ce", "ctc"), help="how to pretrain")
     parser.add_argument("--config", help="recipe, as given or under configs/")
     parser.add_argument("--output", type=Path, help="run folder (default runs/<recipe>)")

@@ -14,25 +14,19 @@ import _checkout  # isort:skip
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from core import dist
 from core.config import ROOT, load_config
-from core.errors import InputError
 from core.results import ROWS_FILE, ResultRow, sha256_of
 
 if TYPE_CHECKING:
     from transfer.backbone import Backbone
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see --help)")
-
-
 def parse() -> argparse.Namespace:
     """Return the command line's arguments."""
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _checkout.Parser(__doc__)
     parser.add_argument("--config", required=True, help="a file, or a name under configs/")
     parser.add_argument("--weights", required=True, help="a file, timm:NAME or torchvision:NAME")
     parser.add_argument("--init", default="", help="how rows name the weights; default: their own")

@@ -19,9 +19,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     from suite.schema import Slurm
 
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    p = _checkout.Parser(__doc__)
     default = Slurm()
     p.add_argument("--nodes", type=int, default=1, help="machines (1)")
     p.add_argument("--gpus", type=int, default=1, help="on each machine (1); 0: CPUs only")

@@ -9,15 +9,13 @@ would overwrite a file. Archives that share folders (VOC 2007) can be unpacked o
 
 import _checkout  # isort: skip
 
-import argparse
 
 from data.archives import unpack
 
 
 def main() -> None:
     """Unpack and say what came."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = _checkout.Parser(__doc__)
     parser.add_argument("archive", metavar="ARCHIVE")
     parser.add_argument("folder", metavar="FOLDER", help="made if it is missing")
     arguments = parser.parse_args()
