@@ -83,12 +83,9 @@ def read(path: str | Path) -> Any:
         return _read_safetensors(path)
     if path.suffix in PICKLES and not start.startswith(b"PK"):
         return read_pickle(path)
-    try:
-        with _stand_ins(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a pickle protocol that torch did not write
-            return load_plain(path)
-    except (IndexError, TypeError, AssertionError, MemoryError, RecursionError) as error:
-        raise InputError(f"{path} is damaged or no torch checkpoint: {error}") from None
+    with _stand_ins(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a pickle protocol that torch did not write
+        return load_plain(path)
 
 
 @contextlib.contextmanager

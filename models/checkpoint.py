@@ -24,6 +24,21 @@ from core.files import atomic_file as atomic_file  # re-exported: who saves need
 FORMAT = "transfer-suite checkpoint"
 VERSION = 1
 SAFE_CLASSES: list[Any] = [argparse.Namespace, collections.OrderedDict]
+# What files of other kinds start with, and what they are. Safetensors start with a length of eight
+# bytes, which may look like anything, and a brace, by which they are left out of the comparison.
+OTHER_KINDS = (
+    (rb"\s*<(!doctype|html|head|\?xml)", "a web page: the download did not give the file itself"),
+    (rb"version https://git-lfs", "a Git LFS pointer: fetch the file itself with git lfs pull"),
+    (rb"\s*[\[{]\s*[\"\[{\]}]", "a JSON text: give the file that holds the tensors"),
+    (
+        rb"\x08[\x01-\x20][\x12\x1a\x22\x2a\x32\x3a\x42]",
+        "an ONNX model: give what it was made from",
+    ),
+    (rb"\x89HDF\r\n", "an HDF5 file (Keras, MATLAB), which is not read"),
+    (rb"\x93NUMPY", "a NumPy array: give the checkpoint that it was taken from"),
+    (rb".{257}ustar", "a tar archive: unpack it first"),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf", "a compressed file: unpack it first"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,31 +125,15 @@ def load_plain(path: str | Path, map_location: str | torch.device = "cpu") -> An
     try:
         with torch.serialization.safe_globals(SAFE_CLASSES):
             return torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "GLOBAL" in str(error) or "Unsupported" in str(error) or "weights_only" in str(error):
-            raise InputError(
-                f"{path} holds code or foreign objects besides tensors, which is never loaded "
-                f"({_offender(error)}); save it again as a plain state_dict"
-            ) from None
-        raise InputError(f"{path} is damaged or no torch checkpoint: {error}") from None
-    except (
-        RuntimeError,
-        EOFError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        OSError,
-    ) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path} is damaged or no torch checkpoint: {reason}") from None
+    except Exception as error:  # a damaged stream makes the unpickler raise nearly anything
+        raise InputError(f"{path} {_reason(error)}") from None
 
 
 def verify_file(path: str | Path) -> None:
-    """Check that a file exists, is not empty and, for zip-format files, that every checksum holds.
+    """Check that a file exists, is no other kind of file, and that a zip's checksums hold.
 
     Raises:
-        InputError: it does not.
+        InputError: missing, empty, of another kind (which is named), truncated or corrupt.
     """
     path = Path(path)
     if not path.is_file():
@@ -142,16 +141,24 @@ def verify_file(path: str | Path) -> None:
     if path.stat().st_size == 0:
         raise InputError(f"{path} is empty")
     with path.open("rb") as file:
-        is_zip = file.read(2) == b"PK"
-    if not is_zip:
+        start = file.read(512)
+    for pattern, kind in OTHER_KINDS:
+        if start[8:9] != b"{" and re.match(pattern, start, re.DOTALL | re.IGNORECASE):
+            raise InputError(f"{path} is {kind}")
+    if not start.startswith(b"PK"):
         return
     try:
         with zipfile.ZipFile(path) as archive:
+            names = {name.rpartition("/")[2] for name in archive.namelist()}
             bad = archive.testzip() or _hidden_entry(archive)
     except Exception:  # zipfile's kinds, and whatever a changed header leads it to
         raise InputError(f"{path} is truncated or damaged: copy or save it again") from None
     if bad is not None:
         raise InputError(f"{path} is corrupt ({bad} is not as written): copy or save it again")
+    if "constants.pkl" in names:
+        raise InputError(f"{path} is a TorchScript archive: save its state_dict() with torch.save")
+    if "data.pkl" not in names:
+        raise InputError(f"{path} is a zip archive that torch.save did not write")
 
 
 def _hidden_entry(archive: zipfile.ZipFile) -> str | None:
@@ -183,6 +190,17 @@ def assert_finite(model: dict[str, Tensor]) -> None:
             raise NonFiniteLoss(f"{key} is not finite; nothing was saved")
 
 
-def _offender(error: Exception) -> str:
-    found = re.search(r"GLOBAL ([\w.]+)|add_safe_globals\(\[([\w.]+)\]", str(error))
-    return found.group(1) or found.group(2) if found else "an object that is no tensor"
+def _reason(error: Exception) -> str:
+    """Say why torch did not read a file, without its advice to read it unsafely."""
+    text = str(error)
+    found = re.search(r"GLOBAL ([\w.]+)|add_safe_globals\(\[([\w.]+)\]", text)
+    if found or "unrecognized function" in text or "Can only " in text:
+        offender = found.group(1) or found.group(2) if found else "an object that is no tensor"
+        return (
+            "holds code or foreign objects besides tensors, which is never loaded "
+            f"({offender}); save it again as a plain state_dict"
+        )
+    first = text.strip().partition("\n")[0]
+    if not first or "weights_only" in text or isinstance(error, pickle.UnpicklingError):
+        return "is damaged or no torch checkpoint"
+    return f"is damaged or no torch checkpoint: {first}"

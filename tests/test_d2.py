@@ -475,6 +475,70 @@ def test_damage_in_the_other_containers_is_refused(
         read(tmp_path / f"bad.{ending}")
 
 
+OTHER_KINDS = {
+    b"<!DOCTYPE html><html><head><title>Sign in</title>": "a web page",
+    b"\n  <html lang='en'>": "a web page",
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n": "a Git LFS pointer",
+    b"\x08\x07\x12\x07pytorch\x1a\x052.1.0": "an ONNX model",
+    b"\x89HDF\r\n\x1a\n" + bytes(40): "an HDF5 file",
+    b"\x1f\x8b\x08\x00" + bytes(40): "a compressed file",
+    b"x" * 257 + b"ustar" + bytes(300): "a tar archive",
+    b"\x93NUMPY\x01\x00v\x00{'descr'": "a NumPy array",
+    b'{"weight_map": {"conv1.weight": "1.safetensors"}}': "a JSON text",
+}
+
+
+@pytest.mark.parametrize("name", ["net.pth", "net.pkl", "net.safetensors"])
+@pytest.mark.parametrize("content", OTHER_KINDS)
+def test_a_file_of_another_kind_is_named(content: bytes, name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{name} is {OTHER_KINDS[content]}"):
+        read(tmp_path / name)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_torchscript_and_other_zips_are_named(tmp_path: Path) -> None:
+    with torch.device("cpu"):
+        torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "script.pth")
+    np.savez(tmp_path / "arrays.npz", a=np.ones(3))
+    for name, kind in [("script.pth", "TorchScript archive"), ("arrays.npz", "zip archive that")]:
+        with pytest.raises(InputError, match=rf"{name} is a {kind}"):
+            read(tmp_path / name)
+
+
+def test_a_safetensors_file_is_not_taken_for_another_kind_by_its_length(tmp_path: Path) -> None:
+    """The header's length, in the first bytes, may be that of any other kind's magic."""
+    from safetensors.torch import save
+
+    content = save({"a": torch.ones(2)})
+    header = content[8 : 8 + int.from_bytes(content[:8], "little")]
+    length = int.from_bytes(b"BZh\0\0\0\0\0", "little")
+    (tmp_path / "a.safetensors").write_bytes(b"BZh\0\0\0\0\0" + header.ljust(length) + content[-8:])
+    assert read(tmp_path / "a.safetensors")["a"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("ending", ["pth", "pkl"])
+def test_garbled_and_truncated_files_get_one_sentence(
+    good: Path, ending: str, tmp_path: Path
+) -> None:
+    """Every first byte, alone and before noise; and the start of every format that is read."""
+    random = np.random.default_rng(0)
+    pickled = pickle.dumps({"a": np.ones(3), "b": [1, "x", None]}, 2)
+    torch.save({"a": torch.ones(3)}, tmp_path / "legacy", _use_new_zipfile_serialization=False)
+    starts = [bytes([first]) + random.bytes(size) for first in range(256) for size in (0, 40)]
+    for whole in (pickled, (tmp_path / "legacy").read_bytes(), good.read_bytes()[:3000]):
+        starts += [whole[:size] for size in range(1, min(len(whole), 500), 11)]
+    path, sentences = tmp_path / f"bad.{ending}", set()
+    for content in starts:
+        path.write_bytes(content)
+        try:
+            read(path)  # a few bytes of noise may be a whole pickle, of a number say
+        except InputError as error:
+            sentences.add(str(error))
+    assert all(sentence.startswith(str(path)) for sentence in sentences)
+    assert not [s for s in sentences if "\n" in s or "weights_only" in s]
+
+
 def change(key: str, value: Any) -> Callable[[State], Any]:
     return lambda state: {**state, key: value(state[key]) if callable(value) else value}
 
