@@ -74,6 +74,5 @@ def read_pickle(path: str | Path) -> Any:
             ) from None
         except MemoryError:
             raise InputError(f"{path} is damaged: it asks for more memory than there is") from None
-        except Exception as error:  # a damaged stream makes the unpickler raise nearly anything
-            reason = str(error) or type(error).__name__
-            raise InputError(f"{path} is damaged or no pickle: {reason}") from None
+        except Exception:  # a damaged stream makes the unpickler raise nearly anything
+            raise InputError(f"{path} is damaged or no pickle") from None
