@@ -100,7 +100,7 @@ class IndexedDataset(Dataset[Any]):
             image = evaluation_view(image, self.image_size, self.resize_ratio)
         else:
             with torch_seeded(self.seed, epoch, index):
-                image = self._augment(image, self.image_size)
+                image = self._augment(image, self.image_size, self.mean)
         return image, self._labels[index], index
 
 

@@ -12,7 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms import v2
 
-Augmentation = Callable[[Tensor, int], Tensor]  # 3×H×W uint8, S -> 3×S×S uint8
+# (3×H×W uint8, S, the data's mean colour in 0..1) -> 3×S×S uint8
+Augmentation = Callable[[Tensor, int, Sequence[float]], Tensor]
+
+BLACK = (0.0, 0.0, 0.0)
 
 CUTOUT_SIDE = 16  # pixels at S = 32; DeVries and Taylor, arXiv 1708.04552, CIFAR-10
 CROP_PADDING = 8  # a border of S / 8 before a random crop: 4 pixels at 32, as on CIFAR
@@ -47,7 +50,7 @@ def evaluation_view(image: Tensor, size: int, resize_ratio: float) -> Tensor:
     return v2.functional.center_crop(image, [size, size])
 
 
-def crop_flip(image: Tensor, size: int) -> Tensor:
+def crop_flip(image: Tensor, size: int, mean: Sequence[float] = BLACK) -> Tensor:
     """Random S×S crop from the image padded by S / 8 zeros on each side, flipped half the time."""
     image = _short_side(image, size)
     border = size // CROP_PADDING
@@ -59,32 +62,37 @@ def crop_flip(image: Tensor, size: int) -> Tensor:
     return image.flip(2) if draw[2] & 1 else image.contiguous()
 
 
-def crop_flip_aa(image: Tensor, size: int) -> Tensor:
+def crop_flip_aa(image: Tensor, size: int, mean: Sequence[float] = BLACK) -> Tensor:
     """``crop_flip``, then the CIFAR-10 AutoAugment policy (arXiv 1805.09501), then Cutout."""
     image = _auto_augment(v2.AutoAugmentPolicy.CIFAR10)(crop_flip(image, size))
-    return cutout(image, round(CUTOUT_SIDE * size / 32))
+    return cutout(image, round(CUTOUT_SIDE * size / 32), mean)
 
 
-def imagenet(image: Tensor, size: int) -> Tensor:
+def imagenet(image: Tensor, size: int, mean: Sequence[float] = BLACK) -> Tensor:
     """A random 8 to 100% of the area, aspect 3/4 to 4/3, resized to S×S, flipped half the time."""
     return _random_resized_crop(size)(image)
 
 
-def imagenet_aa(image: Tensor, size: int) -> Tensor:
+def imagenet_aa(image: Tensor, size: int, mean: Sequence[float] = BLACK) -> Tensor:
     """``imagenet``, then the ImageNet AutoAugment policy (arXiv 1805.09501)."""
     return _auto_augment(v2.AutoAugmentPolicy.IMAGENET)(imagenet(image, size))
 
 
-def cutout(image: Tensor, side: int) -> Tensor:
-    """Blacken a side×side square around a random pixel; it may reach over the border.
+def cutout(image: Tensor, side: int, mean: Sequence[float]) -> Tensor:
+    """Fill a side×side square around a random pixel with the mean; it may reach over the border.
 
-    Black before normalisation, where the original has the mean: images are uint8 here.
+    The released CTC code, as the original, zeroes the square after normalisation: zero is the mean.
+
+    Args:
+        mean: RGB in 0..1, which becomes the nearest uint8 colour.
     """
     height, width = image.shape[1:]
     draw = torch.randint(0, 1 << 30, (2,)).tolist()
     top, left = draw[0] % height - side // 2, draw[1] % width - side // 2
+    colour = torch.tensor([round(255 * m) for m in mean], dtype=torch.uint8)
     image = image.clone()
-    image[:, max(top, 0) : max(top + side, 0), max(left, 0) : max(left + side, 0)] = 0
+    square = image[:, max(top, 0) : max(top + side, 0), max(left, 0) : max(left + side, 0)]
+    square.copy_(colour[:, None, None])
     return image
 
 

@@ -92,6 +92,26 @@ def _run(
     return objective
 
 
+def test_a_skipped_fp16_step_moves_neither_weights_nor_banks(tmp_path: Path) -> None:
+    """The scaler skips a step whose gradients overflow; the next step moves both."""
+    config = LoopConfig(amp="fp16")
+    objective = TwoStages()
+    trainer = Trainer(objective, config, tmp_path, 0, torch.device("cpu"))
+    position = trainer.begin(Hooks())
+    batch = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 0]), torch.arange(4)
+    before = {key: value.clone() for key, value in objective.state_dict().items()}
+    overflow = objective.head.register_forward_hook(lambda *_: 100.0 * _[-1].float())
+    losses = trainer.step(*batch, 0.1, position)
+    assert all(value.isfinite() for value in losses.values())
+    overflow.remove()
+    same = {k for k, v in objective.state_dict().items() if torch.equal(v, before[k])}
+    assert {"bank", "head.weight", "model.0.weight"} <= same
+    trainer.step(*batch, 0.1, position)
+    assert not any(
+        torch.equal(objective.state_dict()[key], before[key]) for key in ("bank", "head.weight")
+    )
+
+
 class StopAt(TwoStages):
     """Sends itself a signal in the forward pass of one step."""
 

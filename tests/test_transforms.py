@@ -75,18 +75,21 @@ def test_crop_flip_yields_every_window_of_the_padded_image_and_its_mirror():
     assert len(seen) == 5 * 5 * 2
 
 
-def test_cutout_blackens_one_square_and_nothing_else():
-    image = _numbered(32, 32)
+def test_cutout_fills_one_square_with_the_mean_and_nothing_else():
+    """As zeros after normalisation would: within half a step of uint8 of zero."""
+    image, mean, std = _numbered(32, 32), (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+    colour = torch.tensor([129, 124, 112], dtype=torch.uint8)
+    assert not (image == colour[:, None, None]).all(0).any()
     for draw in range(50):
         with torch_seeded(draw):
-            result = cutout(image, 16)
-        black = (result == 0).all(0)
-        assert torch.equal(result[:, ~black], image[:, ~black])
-        rows, columns = black.any(1).sum(), black.any(0).sum()
-        assert black.sum() == rows * columns
+            result = cutout(image, 16, mean)
+        filled = (result == colour[:, None, None]).all(0)
+        assert torch.equal(result[:, ~filled], image[:, ~filled])
+        assert float(normalise(result, mean, std)[:, filled].abs().max()) <= 0.5 / 255 / min(std)
+        rows, columns = filled.any(1).sum(), filled.any(0).sum()
+        assert filled.sum() == rows * columns
         assert 8 <= rows <= 16
         assert 8 <= columns <= 16
-    assert int(image.min()) == 1
 
 
 @pytest.mark.parametrize("name", [name for name, augment in AUGMENTATIONS.items() if augment])
@@ -98,7 +101,7 @@ def test_every_augmentation_gives_uint8_squares_and_draws_from_the_torch_seed(na
     views = []
     for seed in (1, 1, 2, 3, 4):
         with torch_seeded(seed):
-            views.append(augment(image, 32))
+            views.append(augment(image, 32, (0.5, 0.4, 0.3)))
     assert all(view.shape == (3, 32, 32) and view.dtype == torch.uint8 for view in views)
     assert torch.equal(views[0], views[1])
     assert any(not torch.equal(views[0], view) for view in views[2:])

@@ -88,7 +88,7 @@ class Objective(nn.Module):
         """Be told the global step before each forward pass (random draws derive from it)."""
 
     def after_step(self) -> None:
-        """Be called after each optimiser step, on every rank (bank updates)."""
+        """Run after each optimiser step on every rank (bank updates); not after a skipped one."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return optimiser groups; each may scale the rate by ``lr_factor``. One by default."""
@@ -251,8 +251,10 @@ class Trainer:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.objective.parameters(), self.config.clip_grad_norm)
         self.scaler.step(self.optimizer)
+        scale = self.scaler.get_scale()
         self.scaler.update()
-        self.objective.after_step()
+        if self.scaler.get_scale() >= scale:  # lower: a gradient overflowed, the step was skipped
+            self.objective.after_step()
         position.step += 1
         position.iteration += 1
         return {name: loss.detach() for name, loss in losses.items()}
