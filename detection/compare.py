@@ -11,6 +11,7 @@ from pycocotools.coco import COCO
 from tabulate import tabulate
 
 from core.errors import InputError
+from core.identity import identity
 from core.results import ROWS_FILE, ResultRow, append_rows, is_set_aside, latest, read_rows
 from detection.bootstrap import (
     LEVEL,
@@ -55,8 +56,7 @@ class Trial:
     def place(self) -> tuple[Any, ...]:
         """Return what two trials must share to be compared."""
         row = self.row
-        measured = row.protocol, row.dataset, row.split, row.selection, row.config, row.data
-        return *measured, self.annotations
+        return identity(row)._replace(metric="", code=""), self.annotations
 
 
 def compare_runs(request: Request) -> list[ResultRow]:
@@ -195,7 +195,7 @@ def _row(
         step="detection", protocol=like.protocol, dataset=like.dataset, split=like.split,
         metric=f"{metric} minus {request.baseline}", value=found.delta, unit="%", init=like.init,
         seed=request.seed, epoch=like.epoch, selection=like.selection, config=like.config,
-        data=like.data, details=details,
+        data=like.data, version=like.version, details=details, schema=like.schema,
     )  # fmt: skip
 
 

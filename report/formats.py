@@ -7,7 +7,7 @@ import re
 from tabulate import tabulate
 
 from report.reference import Value
-from report.tables import Cell, Line, Table, heading, short_code
+from report.tables import Cell, Line, Table, experiment_of, heading, short_code
 
 DASH = "–"
 MINUS = "−"
@@ -69,9 +69,9 @@ def each_trial(cell: Cell, decimals: int) -> str:
 
 
 def code_note(table: Table) -> str:
-    """Return which code measured the table, where it is one."""
-    codes = {row.code for line in table.lines for row in line.rows}
-    return f"Code {short_code(codes.pop())}." if len(codes) == 1 else ""
+    """Return which code measured the table."""
+    codes = sorted({short_code(row.code) for line in table.lines for row in line.rows})
+    return f"Code {', '.join(codes)}." if codes else ""
 
 
 def to_markdown(table: Table) -> str:
@@ -159,12 +159,14 @@ def to_csv(tables: list[Table]) -> str:
     writer.writerow(
         ["kind", "step", "protocol", "dataset", "split", "selection", "initialisation", "metric",
          "unit", "mean", "std", "trials", "seeds", "delta", "delta_low", "delta_high", "baseline",
-         "code", "source", "notes"]
+         "recipe", "version", "data", "code", "source", "notes"]
     )  # fmt: skip
     for table in tables:
         place = [table.step, table.protocol, table.dataset, table.split, table.selection]
         for line in table.lines:
-            code = line.rows[0].code if line.rows else ""
+            own = experiment_of(line.rows[0]) if line.rows else None
+            identity = [own.config, own.version or "", own.data] if own else ["", "", ""]
+            code = " ".join(sorted({row.code for row in line.rows}))
             notes = " ".join(table.footnotes[mark - 1] for mark in line.marks)
             for metric in table.columns:
                 cell = line.cells[metric]
@@ -172,7 +174,8 @@ def to_csv(tables: list[Table]) -> str:
                 writer.writerow(
                     ["measured", *place, line.init, metric, table.unit, _csv(cell.mean),
                      _csv(cell.std), len(cell.trials), seeds, _csv(cell.delta),
-                     *map(_csv, cell.interval or (None, None)), table.baseline, code, "", notes]
+                     *map(_csv, cell.interval or (None, None)), table.baseline, *identity, code,
+                     "", notes]
                 )  # fmt: skip
         for published in table.published:
             notes = " ".join(table.footnotes[mark - 1] for mark in published.marks)
@@ -181,7 +184,7 @@ def to_csv(tables: list[Table]) -> str:
                 text = "…".join(map(str, value)) if isinstance(value, tuple) else _csv(value)
                 writer.writerow(
                     ["published", *place, published.init, metric, table.unit, text,
-                     "", "", "", "", "", "", "", "", published.source, notes]
+                     *[""] * 11, published.source, notes]
                 )  # fmt: skip
     return buffer.getvalue()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from core.config import InputError
 from core.results import ResultRow, latest, read_rows
-from report.tables import Line, Table, recipe_of
+from report.tables import Line, Table, experiment_of
 
 INTERVALS_FILE = "bootstrap.jsonl"
 NEEDED = {"baseline", "compared", "interval", "level", "resamples"}  # of a row's details
@@ -71,7 +71,9 @@ def _is_of(row: ResultRow, line: Line, metric: str) -> bool:
     if not line.rows or row.details["compared"] != metric:
         return False
     first = line.rows[0]
-    same = (row.init, row.epoch, recipe_of(row)) == (line.init, first.epoch, recipe_of(first))
+    same = (row.init, row.epoch) == (line.init, first.epoch)
+    experiment = experiment_of(first)._replace(code="")  # the interval may be of a later commit
+    same = same and experiment_of(row)._replace(code="") == experiment
     return same and None not in row.details["interval"]
 
 

@@ -9,7 +9,8 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 
-from report.tables import Cell, Line, Options, Table
+from core.identity import Identity
+from report.tables import Cell, Line, Options, Table, experiment_of
 
 UNIT = "%"
 MARKS = {"linear": "†", "finetune": "‡"}
@@ -34,8 +35,15 @@ class _Column:
     def family(self) -> str:
         """Return the protocol without what follows its method: ``linear`` for ``linear_64px``."""
         known = [*MARKS, *SPELLED]
-        found = (re.match(pattern, self.table.protocol) for pattern in known)
+        found = (re.match(rf"(?:{name})(?![^_+])", self.table.protocol) for name in known)
         return next((match[0] for match in found if match), self.table.protocol)
+
+    def short(self) -> str:
+        """Return the protocol with its method spelled out: ``† 64px`` for ``linear_64px``."""
+        what = MARKS.get(self.family, self.family)
+        for pattern, spelled in SPELLED.items():
+            what = re.sub(rf"^{pattern}$", spelled, what)
+        return f"{what} {self.table.protocol[len(self.family) :].lstrip('_')}".rstrip()
 
     @property
     def is_minor(self) -> bool:
@@ -50,17 +58,12 @@ class _Column:
             long = [plain, table.dataset, table.protocol, table.split, table.selection]
             long += [f"data {table.data}"] if table.data else []
             return [short, *(" ".join(long[:n]) for n in range(2, len(long) + 1))]
-        if table.step == "pretrain":
-            what = "source"
-        else:
-            what = MARKS.get(self.family, table.protocol)
-            for pattern, spelled in SPELLED.items():
-                if re.fullmatch(pattern, self.family):
-                    what = re.sub(pattern, spelled, self.family)
+        what = "source" if table.step == "pretrain" else self.short()
         metric = "" if self.metric == "top1" else f" {self.metric}"
         short = f"{table.dataset} {what}{metric}"
         long = [f"{table.dataset} {table.protocol}{metric}", table.split, table.selection]
-        return [short, *(" ".join(long[:n]) for n in range(1, 4))]
+        long += [f"data {table.data}"] if table.data else []
+        return [short, *(" ".join(long[:n]) for n in range(1, len(long) + 1))]
 
 
 def overviews(tables: Sequence[Table], options: Options) -> list[Table]:
@@ -84,9 +87,14 @@ def _join(name: str, columns: Sequence[_Column], options: Options) -> Table:
     headings = _headings(columns)
     order = [*options.order, *(line.init for column in columns for line in column.table.lines)]
     lines, several = [], False
+    chosen = [_chosen(column) for column in columns]
     for init in dict.fromkeys(order):
-        found = [[ln for ln in c.table.lines if ln.init == init] for c in columns]
-        several = several or any(sum(bool(ln.rows) for ln in own) > 1 for own in found)
+        measured = [[ln for ln in c.table.lines if ln.init == init and ln.rows] for c in columns]
+        found = [
+            [line for line in own if wanted in (None, experiment_of(line.rows[0]))]
+            for own, wanted in zip(measured, chosen, strict=True)
+        ]
+        several = several or any(len(own) > 1 for own in measured)
         newest = [max(own, key=_time, default=None) for own in found]
         if not any(newest):
             continue
@@ -104,8 +112,24 @@ def _join(name: str, columns: Sequence[_Column], options: Options) -> Table:
     )  # fmt: skip
 
 
+def _chosen(column: _Column) -> Identity | None:
+    """Return the experiment that most initialisations of a column have, of equals the newest.
+
+    None for source tasks, where each initialisation has a recipe of its own.
+    """
+    if column.table.step == "pretrain":
+        return None
+    found: dict[Identity, list[Line]] = {}
+    for line in column.table.lines:
+        if line.rows:
+            found.setdefault(experiment_of(line.rows[0]), []).append(line)
+    return max(
+        found, key=lambda one: (len({ln.init for ln in found[one]}), max(map(_time, found[one])))
+    )
+
+
 def _notes(headings: Sequence[str], lines: Sequence[Line], several: bool) -> list[str]:
-    notes = [MARK_NOTE] if any(h.endswith(tuple(MARKS.values())) for h in headings) else []
+    notes = [MARK_NOTE] if any(mark in h for h in headings for mark in MARKS.values()) else []
     if any(len(line.seeds) > 1 for line in lines):
         notes.append("Mean ± sample standard deviation over seeds.")
     cells = [(line, cell) for line in lines for cell in line.cells.values()]
@@ -114,7 +138,10 @@ def _notes(headings: Sequence[str], lines: Sequence[Line], several: bool) -> lis
     if any(0 < len(cell.trials) < len(line.seeds) for line, cell in cells):
         notes.append("Not every column has every trial.")
     if several:
-        notes.append("Of an initialisation that was measured in several ways, the newest is here.")
+        notes.append(
+            "Measured in several ways: a column shows the recipe that most initialisations have, "
+            "else the newest."
+        )
     return [*notes, DETAILS_NOTE]
 
 

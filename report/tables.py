@@ -1,13 +1,15 @@
 """Tables from result rows: mean ± std over seeds, Δ to a baseline, published numbers beside them.
 
-Only rows of equal step, protocol, dataset, split, selection and annotations share a table; only
-rows of equal initialisation, pretraining epoch, recipe and code share a mean. No file is read here.
+Only rows of equal step, protocol, dataset, split, selection and data share a table; only rows of
+equal initialisation, pretraining epoch and ``core.identity.identity`` share a mean. No file is read
+here.
 """
 
 import dataclasses
 import statistics
 from collections.abc import Iterable, Sequence
 
+from core.identity import DIGITS, UNKNOWN, Identity, identity
 from core.results import ResultRow, latest
 from report.reference import Place, Reference, Value, beside, load_reference
 
@@ -59,7 +61,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One initialisation, measured: a row of the table."""
+    """One initialisation in one experiment: a row of the table."""
 
     init: str
     label: str
@@ -97,7 +99,7 @@ class Table:
     footnotes: tuple[str, ...]
     notes: tuple[str, ...]
     baseline: str
-    data: str = ""  # its annotations, where another table differs in nothing else
+    data: str = ""  # their digest, where another table differs in nothing else
     name: str = ""  # of an overview, which joins tables of several protocols
 
     @property
@@ -179,13 +181,9 @@ def heading(metric: str, columns: Sequence[str] = ()) -> str:
     return f"{name}^{FAMILIES[family]}"
 
 
-def recipe_of(row: ResultRow) -> str:
-    """Return what must be equal for two rows of one protocol to share a mean, "" where unknown.
-
-    A detection row's ``config`` hashes what makes its protocol; that of other steps also holds the
-    seed and folders, and says nothing about two trials being of one recipe.
-    """
-    return f"{row.config} {row.data}".strip() if row.step == "detection" else ""
+def experiment_of(row: ResultRow) -> Identity:
+    """Return what must be equal for two rows to share a mean or to be compared, in any metric."""
+    return identity(row)._replace(metric="")
 
 
 def overrides_of(row: ResultRow) -> str:
@@ -203,7 +201,7 @@ def _table(rows: list[ResultRow], options: Options, reference: Reference, data: 
     lines = _sorted(_lines(rows, columns, options, footnotes), options.order)
     lines = [_with_delta(line, lines, columns, options.baseline, footnotes) for line in lines]
     if data:
-        said = f"Annotations {data} (train/val, sha256); others of this name: in another table."
+        said = f"Data {data} (learned from/evaluated on); others of this name: in another table."
         mark = footnotes.mark(said)
         lines = [dataclasses.replace(line, marks=(*line.marks, mark)) for line in lines]
     if first.step != "pretrain":  # given weights have no pretraining to be missing
@@ -211,6 +209,8 @@ def _table(rows: list[ResultRow], options: Options, reference: Reference, data: 
     published, why_not = _published(first, columns, options, reference, footnotes)
     protocol = first.protocol if first.step != "pretrain" else ""
     notes = [f"{first.protocol} changes {text}." for text in [overrides_of(first)] if text]
+    if not any(identity(row).known for row in rows):
+        notes.append(f"{UNKNOWN[0].upper()}{UNKNOWN[1:]}; never averaged with later rows.")
     if not any(line.init == options.baseline for line in lines):
         notes.append(f"No Δ: the baseline {options.baseline!r} has no rows here.")
     if any(len(line.seeds) > 1 for line in lines):
@@ -255,45 +255,62 @@ def _lines(
     rows: list[ResultRow], columns: Sequence[str], options: Options, footnotes: _Footnotes
 ) -> list[Line]:
     """Group rows by what may share a mean, and mark what tells the groups apart."""
-    groups: dict[tuple[str, int | None, str, str, str], list[ResultRow]] = {}
+    groups: dict[tuple[str, int | None, Identity], list[ResultRow]] = {}
     for row in rows:
-        key = (row.init, row.epoch, row.protocol, recipe_of(row), row.code)
-        groups.setdefault(key, []).append(row)
-    codes, recipes = {row.code for row in rows}, {recipe_of(row) for row in rows}
+        groups.setdefault((row.init, row.epoch, experiment_of(row)), []).append(row)
+    experiments = {experiment for _, _, experiment in groups}
     lines = []
-    protocols = {row.protocol for row in rows}
-    for (init, epoch, protocol, recipe, code), group in groups.items():
+    for (init, epoch, experiment), group in groups.items():
         label = options.labels.get(init) or init
         if len({key[1] for key in groups if key[0] == init}) > 1:
             label += f", epoch {epoch}"
-        marks = []
-        if len(protocols) > 1:
-            marks.append(footnotes.mark(f"Recipe {protocol}."))
-        if len(recipes) > 1:
-            name = recipe[:8] or "unknown"
-            marks.append(
-                footnotes.mark(
-                    f"Measured with config {name}; different configs are never averaged."
-                )
-            )
-        if len(codes) > 1:
-            marks.append(
-                footnotes.mark(
-                    f"Measured with code {short_code(code)}; different code is never averaged."
-                )
-            )
         kept, repeated = _one_per_seed(group)
+        said = [*_apart(experiment, experiments), *_of_fits(kept)]
         if repeated:
             seeds = ", ".join(map(str, repeated))
-            marks.append(
-                footnotes.mark(
-                    f"Measured more than once for seed {seeds}: the newest weights count."
-                )
-            )
+            said.append(f"Measured more than once for seed {seeds}: the newest weights count.")
+        marks = [footnotes.mark(sentence) for sentence in said]
         cells = {metric: _mean([r for r in kept if r.metric == metric]) for metric in columns}
         seeds_seen = tuple(sorted({row.seed for row in kept}))
         lines.append(Line(init, label, cells, seeds_seen, tuple(kept), tuple(marks)))
     return lines
+
+
+def _apart(own: Identity, all_of_table: set[Identity]) -> list[str]:
+    """Return what tells an experiment from the others of its table, in sentences."""
+    said = []
+    if len({other.protocol for other in all_of_table}) > 1:
+        said.append(f"Recipe {own.protocol}.")
+    alike = {other for other in all_of_table if other.protocol == own.protocol}
+    if len({other.known for other in alike}) > 1 and not own.known:
+        said.append(f"{UNKNOWN[0].upper()}{UNKNOWN[1:]}.")
+    if len({other.version for other in alike if other.known}) > 1 and own.known:
+        said.append(f"Version {own.version} of the protocol.")
+    if len({other.config for other in alike}) > 1:
+        recipe = own.config[:DIGITS] or "unknown"
+        said.append(f"Measured with recipe {recipe}; different recipes are never averaged.")
+    if len({other.code for other in alike if not other.known}) > 1 and not own.known:
+        code = short_code(own.code)
+        said.append(f"Measured with code {code}; different code is never averaged.")
+    return said
+
+
+def _of_fits(rows: Sequence[ResultRow]) -> list[str]:
+    """Return what linear probes say of their fits, in sentences."""
+    edge = sorted({row.seed for row in rows if row.details.get("at_grid_edge")})
+    cut = sorted({row.seed for row in rows if row.details.get("converged") is False})
+    said = []
+    if edge:
+        said.append(
+            f"C was chosen at the edge of its grid (seed {', '.join(map(str, edge))}): widen "
+            "linear.log10_c_min or linear.log10_c_max."
+        )
+    if cut:
+        said.append(
+            f"The fit ended at linear.iterations before it converged (seed "
+            f"{', '.join(map(str, cut))})."
+        )
+    return said
 
 
 def _one_per_seed(rows: list[ResultRow]) -> tuple[list[ResultRow], list[int]]:
@@ -325,20 +342,15 @@ def _sorted(lines: list[Line], order: Sequence[str]) -> list[Line]:
 def _with_delta(
     line: Line, lines: list[Line], columns: Sequence[str], baseline: str, footnotes: _Footnotes
 ) -> Line:
-    """Fill in Δ against the baseline of the same code and recipe, else the last one, marked."""
+    """Fill in Δ against the baseline of the same experiment, else the last one, marked."""
     candidates = [other for other in lines if other.init == baseline]
     if not candidates or line.init == baseline:
         return line
-    same = [
-        other
-        for other in candidates
-        if other.rows[0].code == line.rows[0].code
-        and recipe_of(other.rows[0]) == recipe_of(line.rows[0])
-    ]
+    same = [other for other in candidates if _compared(other) == _compared(line)]
     base = (same or candidates)[-1]
     marks = line.marks
     if not same:
-        marks += (footnotes.mark("Its Δ compares different code or recipes."),)
+        marks += (footnotes.mark("Its Δ compares different recipes or code."),)
     cells = {}
     for metric in columns:
         own, other = line.cells[metric], base.cells[metric]
@@ -346,6 +358,14 @@ def _with_delta(
         delta = own.mean - other.mean if known else None  # type: ignore[operator]
         cells[metric] = dataclasses.replace(own, delta=delta)
     return dataclasses.replace(line, cells=cells, marks=marks)
+
+
+def _compared(line: Line) -> Identity:
+    """Return what two lines must share for their Δ to be of the initialisation alone."""
+    experiment = experiment_of(line.rows[0])
+    if experiment.step == "pretrain":  # the recipe is what is compared there
+        return experiment._replace(protocol="", config="", version=min(experiment.version, 1))
+    return experiment
 
 
 def _note_trials(lines: list[Line], options: Options, footnotes: _Footnotes) -> list[Line]:

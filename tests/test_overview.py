@@ -4,6 +4,8 @@ import csv
 import dataclasses
 from pathlib import Path
 
+import pytest
+
 from core.results import ResultRow
 from report.formats import to_latex, to_markdown
 from report.html import Page, write_report
@@ -88,7 +90,7 @@ def test_columns_that_would_read_alike_are_told_apart():
     rows = [box(30.0), box(31.0, protocol="other"), row(1.0, protocol="linear_64px"), row(2.0)]
     (table,) = joined(rows)
     assert table.columns == (
-        "box AP coco mask_rcnn", "box AP coco other", "cub200 linear_64px", "cub200 linear",
+        "box AP coco mask_rcnn", "box AP coco other", "cub200 † 64px", "cub200 †",
     )  # fmt: skip
     rows = [box(30.0, data="a/v"), box(31.0, data="b/v"), row(1.0)]
     (table,) = joined(rows)
@@ -104,13 +106,33 @@ def test_small_figures_stand_in_a_table_of_their_own():
     names = ("linear", "finetune", "knn_20", "few_shot_5", "knn_20_64px")
     main, minor = joined([row(float(n), protocol=name) for n, name in enumerate(names)])
     assert main.columns == ("cub200 †", "cub200 ‡")
-    assert minor.columns == ("cub200 knn_20", "cub200 5-shot", "cub200 knn_20_64px")
+    assert minor.columns == ("cub200 20-NN", "cub200 5-shot", "cub200 20-NN 64px")
     assert [cell.mean for cell in minor.lines[0].cells.values()] == [2.0, 3.0, 4.0]
 
 
-def test_of_two_measurements_the_newest_is_taken_and_never_a_mean():
+def test_a_column_shows_one_recipe_that_of_most_initialisations_or_the_newest():
     rows = [row(60.0), row(80.0, protocol="finetune")]
-    rows += [row(64.0, code="b" * 40, weights="v", time="2026-02-01T00:00:00")]
+    rows += [row(64.0, config="other", weights="v", time="2026-02-01T00:00:00")]
     (table,) = joined(rows)
     assert table.lines[0].cells["cub200 †"].mean == 64.0
-    assert any("the newest is here" in note for note in table.notes)
+    assert any("Measured in several ways" in note for note in table.notes)
+    (table,) = joined([*rows, row(50.0, init="ctc")])  # both have this recipe
+    assert [line.cells["cub200 †"].mean for line in table.lines] == [60.0, 50.0]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "heading"),
+    [
+        ("linear", "cub200 †"),
+        ("linear_limit1000", "cub200 † limit1000"),
+        ("finetune_600", "cub200 ‡ 600"),
+        ("finetune_600+ab12cd", "cub200 ‡ 600+ab12cd"),
+        ("finetune+ab12cd", "cub200 ‡ +ab12cd"),
+        ("linearly", "cub200 linearly"),
+        ("linear_released", "cub200 † released"),
+    ],
+)
+def test_headings_keep_what_tells_a_protocol_from_the_plain_one(protocol: str, heading: str):
+    (table,) = joined([row(1.0, protocol=protocol), row(2.0, protocol="finetune", dataset="dtd")])
+    assert table.columns == (heading, "dtd ‡")
+    assert any(note.startswith("†") for note in table.notes)

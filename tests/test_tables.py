@@ -56,24 +56,55 @@ def test_other_annotations_of_one_name_have_a_table_that_says_which():
     assert [t.lines[0].cells["bbox/AP"].mean for t in tables] == [10.0, 21.0, 30.0]
     titles = [f"quick on shapes (val), data {data}" for data in ("unknown", "a/v", "b/v")]
     assert [table.title for table in tables] == titles
-    assert "Annotations b/v" in tables[2].footnotes[0]
+    assert "Data b/v" in tables[2].footnotes[0]
     assert tables[1].lines[1].cells["bbox/AP"].delta == 0.5  # against the baseline on equal data
     (alone,) = build_tables([row(10.0, data="a/v"), row(12.0, data="a/v", seed=2)])
     assert (alone.title, alone.footnotes) == ("quick on shapes (val)", ())
 
 
-@pytest.mark.parametrize("change", [{"code": "b" * 40}, {"epoch": 7}, {"config": "c"}])
-def test_rows_of_other_code_epoch_or_config_are_not_averaged(change):
-    lines = one([row(10.0), row(20.0, seed=2, weights="v", **change)]).lines
-    assert sorted(line.cells["bbox/AP"].mean for line in lines) == [10.0, 20.0]
+@pytest.mark.parametrize("step", ["detection", "transfer"])
+@pytest.mark.parametrize("change", [{"epoch": 7}, {"config": "c"}, {"version": 2}, {"schema": 1}])
+def test_rows_of_other_epoch_or_identity_are_not_averaged(step, change):
+    table = one([row(10.0, step=step), row(20.0, step=step, seed=2, weights="v", **change)])
+    assert sorted(line.cells["bbox/AP"].mean for line in table.lines) == [10.0, 20.0]
+    assert any(line.marks or "epoch" in line.label for line in table.lines)
 
 
-def test_different_code_is_said_in_a_footnote_of_each_line():
-    table = one([row(10.0), row(20.0, init="ctc", code="b" * 40 + "+dirty")])
+def test_trials_measured_at_two_commits_share_a_mean():
+    table = one([row(10.0), row(20.0, seed=2, weights="v", code="b" * 40)])
+    assert [line.cells["bbox/AP"].mean for line in table.lines] == [15.0]
+    assert "Code aaaaaaaa, bbbbbbbb." in to_markdown(table)
+
+
+def test_rows_of_unknown_identity_say_so_and_their_code_parts_them():
+    rows = [row(10.0, schema=1), row(20.0, schema=1, seed=2, weights="v", code="b" * 40)]
+    table = one(rows)
+    assert [line.cells["bbox/AP"].mean for line in table.lines] == [10.0, 20.0]
+    assert table.notes[0].startswith("Unknown identity: written before")
+    mixed = one([row(10.0), row(20.0, schema=1, seed=2)])
+    said = {line.seeds: [mixed.footnotes[m - 1][:16] for m in line.marks] for line in mixed.lines}
+    assert said == {(1,): [], (2,): ["Unknown identity"]}
+
+
+def test_fits_at_the_edge_of_the_grid_or_cut_short_are_said():
+    place = {"step": "transfer", "metric": "top1", "weights": "v"}
+    found = {1: {"at_grid_edge": True}, 2: {"at_grid_edge": False, "converged": False}}
+    rows = [row(10.0, **place, seed=s, details=d) for s, d in found.items()]
+    (line,) = (table := one([*rows, row(9.0, **place, seed=3)])).lines
+    assert [table.footnotes[mark - 1] for mark in line.marks] == [
+        "C was chosen at the edge of its grid (seed 1): widen linear.log10_c_min or "
+        "linear.log10_c_max.",
+        "The fit ended at linear.iterations before it converged (seed 2).",
+    ]
+
+
+def test_different_code_of_unknown_identity_is_said_in_a_footnote_of_each_line():
+    old = {"schema": 1}
+    table = one([row(10.0, **old), row(20.0, **old, init="ctc", code="b" * 40 + "+dirty")])
     said = {line.init: [table.footnotes[m - 1] for m in line.marks] for line in table.lines}
     assert "aaaaaaaa" in said["ce"][0]
     assert "bbbbbbbb with uncommitted changes" in said["ctc"][0]
-    assert any("Δ compares different code" in text for text in said["ctc"])
+    assert any("Δ compares different recipes or code" in text for text in said["ctc"])
     assert "different code" not in " ".join(one([row(10.0), row(20.0, init="ctc")]).footnotes)
 
 
@@ -85,9 +116,9 @@ def test_a_seed_measured_again_counts_once_with_its_newest_weights():
         assert "more than once for seed 1" in table.footnotes[0]
 
 
-def test_configs_of_other_steps_hold_the_seed_and_do_not_part_the_trials():
-    rows = [row(10.0, step="transfer", metric="top1", config="x")]
-    rows += [row(20.0, step="transfer", metric="top1", config="y", seed=2, weights="v")]
+def test_configs_of_schema_1_hold_the_seed_and_do_not_part_the_trials():
+    old = {"step": "transfer", "metric": "top1", "schema": 1}
+    rows = [row(10.0, **old, config="x"), row(20.0, **old, config="y", seed=2, weights="v")]
     (line,) = one(rows).lines
     assert line.cells["top1"].mean == 15.0
 
