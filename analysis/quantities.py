@@ -134,6 +134,7 @@ def measure_probe(
     fitted = 100 * float((logits.argmax(1).cpu() == train[1]).float().mean())
     details = {
         "c": probe.c, "held_out": probe.held_out_score, "at_grid_edge": probe.at_grid_edge,
+        "converged": probe.fit.converged,
     }  # fmt: skip
     return [
         Measured("linear/top1", probe.score, "%", "", HELD_OUT, details),

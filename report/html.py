@@ -229,7 +229,8 @@ def _timelines(
             name = "".join(c if c.isalnum() else "-" for c in f"timeline-{protocol}-{one.name}")
             figures.append((keep.keep(one.figure, name.lower(), one.description), one.description))
         lines = [_course(course, data.name(course.dataset)) for course in courses(data)]
-        views.append({"title": protocol, "figures": figures, "courses": lines})
+        view = {"title": protocol, "figures": figures, "courses": lines, "notes": data.notes}
+        views.append(view)
     return views
 
 

@@ -1,7 +1,8 @@
 """A run over time as numbers: what the figures of a timeline draw, and its course as a table.
 
 Everything is read from result rows of step "analysis", and nothing here draws, so that a figure can
-be checked without looking.
+be checked without looking. A curve is of one experiment (``core.identity``): rows of other settings
+or data are left out and counted.
 """
 
 import csv
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from core.config import InputError
+from core.identity import UNKNOWN, Identity, identity
 from core.results import ResultRow, latest
 
 XT, TY, PROBE, RECALL, NMI = "mi_xt", "mi_ty", "linear/top1", "recall@1", "nmi"
@@ -54,6 +56,7 @@ class Data:
     boundaries: dict[str, int]  # last epoch of stage 1, of the initialisations that have a stage 2
     labels: Mapping[str, str]  # how an initialisation is called, where it is not by its own name
     estimators: list[str]  # of the informations, MINE first
+    notes: list[str]  # what was left out, what the fits say; in sentences
 
     def label(self, init: str) -> str:
         """Return how an initialisation is called."""
@@ -86,7 +89,10 @@ class Course:
 def gather(
     rows: Iterable[ResultRow], order: Sequence[str] = (), labels: Mapping[str, str] | None = None
 ) -> dict[str, Data]:
-    """Return the analysis rows by protocol, the newest of each measurement.
+    """Return the analysis rows by protocol, of each quantity those of one experiment.
+
+    Of several it is the one with the most points, of equals the newest: a quick look with other
+    settings, at some of the epochs, does not replace what was measured at all of them.
 
     Args:
         order: initialisations first to last; others follow by name, CTC at the end.
@@ -110,6 +116,7 @@ def is_timeline(row: ResultRow) -> bool:
 
 
 def _data(rows: list[ResultRow], order: Sequence[str], labels: Mapping[str, str]) -> Data:
+    rows, notes = _one_experiment(rows)
     roles = {row.dataset: row.details.get("role", "target") for row in rows}
     sources = [name for name, role in roles.items() if role == "source"]
     boundaries = {row.init: row.details.get("boundary") for row in rows}
@@ -123,7 +130,59 @@ def _data(rows: list[ResultRow], order: Sequence[str], labels: Mapping[str, str]
         {init: int(epoch) for init, epoch in boundaries.items() if epoch},
         labels,
         sorted(found, key=lambda name: (name != MINE, name)),
+        [*notes, *_of_fits(rows)],
     )
+
+
+def _one_experiment(rows: list[ResultRow]) -> tuple[list[ResultRow], list[str]]:
+    """Return the rows of one experiment per quantity, in their order, and what was left out."""
+    found: dict[tuple[str, str, str], dict[Identity, list[ResultRow]]] = {}
+    for row in rows:
+        quantity = (row.metric, row.dataset, row.split)
+        found.setdefault(quantity, {}).setdefault(_experiment(row), []).append(row)
+    chosen, notes = set(), []
+    for (metric, dataset, split), experiments in found.items():
+        best = max(experiments, key=lambda one: _points_and_time(experiments[one]))
+        chosen.add(best)
+        left_out = sum(len(many) for one, many in experiments.items() if one != best)
+        if left_out:
+            notes.append(
+                f"{axis(metric)} on {dataset}, {split}: {left_out} rows of other settings, data or "
+                "versions are left out."
+            )
+    if not all(experiment.known for experiment in chosen):
+        notes.append(f"{UNKNOWN[0].upper()}{UNKNOWN[1:]}.")
+    return [row for row in rows if _experiment(row) in chosen], notes
+
+
+def _experiment(row: ResultRow) -> Identity:
+    return identity(row)._replace(code="")
+
+
+def _points_and_time(rows: Sequence[ResultRow]) -> tuple[int, str]:
+    points = {(row.init, row.seed, row.epoch) for row in rows}
+    return len(points), max(row.time for row in rows)
+
+
+def _of_fits(rows: Sequence[ResultRow]) -> list[str]:
+    """Return how many linear probes chose C at the edge of their grid or did not converge."""
+    probes = {
+        (row.dataset, row.init, row.seed, row.epoch): row.details
+        for row in rows
+        if "at_grid_edge" in row.details
+    }
+    fits = probes.values()
+    edge = sum(bool(details["at_grid_edge"]) for details in fits)
+    cut = sum(details.get("converged") is False for details in fits)
+    said = []
+    if edge:
+        said.append(
+            f"{edge} of {len(fits)} linear probes chose C at the edge of its grid: widen "
+            "linear.log10_c_min or linear.log10_c_max."
+        )
+    if cut:
+        said.append(f"{cut} of {len(fits)} linear probes ended before they converged.")
+    return said
 
 
 def information(quantity: str, estimator: str) -> str:

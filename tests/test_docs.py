@@ -108,7 +108,7 @@ def test_two_judges_of_one_file_of_detections_agree() -> None:
 
 
 def test_the_timelines_table_is_that_of_its_rows() -> None:
-    (data,) = gather(read_rows(DOCS / "timeline/rows.jsonl")).values()
+    (data,) = gather(read_rows(DOCS / "timeline/results.jsonl")).values()
     found = {(c.metric, c.dataset, c.split, c.init): c for c in courses(data)}
     assert [cells[0] for cells in table("timeline")] == list(TIMELINE)
     for name, *cells in table("timeline"):

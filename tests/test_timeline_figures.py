@@ -94,6 +94,47 @@ def test_the_newest_of_two_rows_counts_and_protocols_stay_apart() -> None:
     assert len(set(names)) == len(names)
 
 
+def test_a_quick_look_with_other_settings_at_some_epochs_leaves_the_curve_as_it_is() -> None:
+    found = rows(("ce",))
+    quick = [
+        dataclasses.replace(one, config="other", value=0.0, time="2030")
+        for one in found
+        if one.metric == "linear/top1" and one.epoch in (0, 20)
+    ]
+    before = series(gather(found)["tiny"], "ce", "linear/top1", "tgt")
+    data = gather([*found, *quick])["tiny"]
+    assert series(data, "ce", "linear/top1", "tgt") == before
+    assert data.notes[0] == (
+        "linear probe, top-1 (%) on src, train: 4 rows of other settings, data or versions are "
+        "left out."
+    )
+    again = [dataclasses.replace(one, config="other", value=1.0, time="2030") for one in found]
+    data = gather([*found, *again])["tiny"]  # all of it measured anew: the newest counts
+    assert series(data, "ce", "linear/top1", "tgt").mean == [1.0] * 4
+
+
+def test_points_of_unknown_identity_never_join_a_curve_of_known_ones() -> None:
+    found = rows(("ce",))
+    old = [dataclasses.replace(one, schema=1, seed=7, value=99.0) for one in found]
+    data = gather([*found, *old])["tiny"]
+    assert series(data, "ce", "recall@1", "src", "train").seeds == [0, 1]
+    (alone,) = gather(old).values()
+    assert series(alone, "ce", "recall@1", "src", "train").mean == [99.0] * 4
+    assert alone.notes[-1].startswith("Unknown identity")
+
+
+def test_a_timeline_says_how_many_probes_chose_at_the_edge_of_the_grid() -> None:
+    edge = {"role": "target", "at_grid_edge": True, "converged": False}
+    found = [
+        dataclasses.replace(one, details=edge) if one.epoch == 10 else one
+        for one in rows(("ce",), (0,))
+        if one.metric == "linear/top1" and one.dataset == "tgt"
+    ]
+    notes = gather(found)["tiny"].notes
+    assert notes[0].startswith("1 of 1 linear probes chose C at the edge")
+    assert notes[1] == "1 of 1 linear probes ended before they converged."
+
+
 def test_tradeoff_has_discriminability_left_transferability_right_and_the_boundary() -> None:
     left, right = drawn("tradeoff_ctc", rows()).figure.axes
     assert lines(left)["← Recall@1"].get_ydata() == pytest.approx([e + 101.65 for e in EPOCHS])

@@ -3,7 +3,7 @@
 
 tools/run_analysis.py --run runs/NAME --config analysis/timeline_cifar100.yaml
 tools/run_analysis.py --run runs/ce --run runs/ctc --config … --figures docs/timeline    # together
-tools/run_analysis.py --rows docs/timeline/rows.jsonl --figures docs/timeline    # figures alone
+tools/run_analysis.py --rows docs/timeline/results.jsonl --figures docs/timeline    # figures alone
 
 Every number becomes a row of RUN/results.jsonl (step "analysis"), and each run has its figures in
 RUN/figures; with --figures all runs are drawn over each other instead. What is done is skipped, so
@@ -103,9 +103,13 @@ def line(row: ResultRow) -> str:
 
 
 def draw(rows: list[ResultRow], folder: Path) -> None:
-    """Draw the figures of some rows, as PNG and SVG."""
+    """Draw the figures of some rows, as PNG and SVG, and print what they leave out."""
+    from report.timeline import gather
     from report.timeline_figures import save_timeline_figures
 
+    for protocol, data in gather(rows).items():
+        for note in data.notes:
+            print(f"{protocol}: {note}")
     for path in save_timeline_figures(rows, folder):
         print(path)
 
