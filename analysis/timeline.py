@@ -30,7 +30,7 @@ from analysis.survey import Epoch, Survey, survey
 from core import dist
 from core.config import to_dict
 from core.errors import InputError
-from core.identity import data_digest, done, recipe_hash
+from core.identity import changed_keys, data_digest, done, protocol_name, recipe_hash
 from core.results import ROWS_FILE, ResultRow, append_rows, read_rows
 from data.datasets import DataConfig, IndexedDataset, report_split
 from models.checkpoint import Checkpoint, load_checkpoint
@@ -67,17 +67,31 @@ class Unit:
 class Timeline:
     """A run, its data sets, and what is measured already.
 
+    Args:
+        protocol: how rows name the recipe.
+        init: how rows name the run; "": its method.
+        recipe: the config that ``protocol`` names; rows of a unit that depends on a key that
+            differs from it have a protocol's name of their own.
+
     Raises:
         InputError: a config, run or data set that cannot be used; nothing has been written then.
     """
 
-    def __init__(self, run: Path, config: TimelineConfig, protocol: str, init: str = "") -> None:
+    def __init__(
+        self,
+        run: Path,
+        config: TimelineConfig,
+        protocol: str,
+        init: str = "",
+        recipe: TimelineConfig | None = None,
+    ) -> None:
         check(config.information)
         unknown = [name for name in config.quantities if name not in QUANTITIES]
         if unknown or not config.quantities:
             known = ", ".join(QUANTITIES)
             raise InputError(f"quantities names {unknown or 'nothing'}; known are {known}")
         self.run, self.config, self.protocol = run, config, protocol
+        self.named_recipe = recipe or config
         self.survey: Survey = survey(run, config.every)
         self.facts = self.survey.facts
         self.init = init or self.facts.method
@@ -248,9 +262,11 @@ class Timeline:
         splits = self.datasets[unit.place]
         evaluated = splits.values() if split == ALL else [splits[split]]
         learned = [splits["train"]] if unit.quantity == "probe" else []
+        recipe = self._recipe(self.config, unit)
+        changed = changed_keys(recipe, self._recipe(self.named_recipe, unit))
         return ResultRow(
             step="analysis",
-            protocol=self.protocol,
+            protocol=protocol_name(self.protocol, changed),
             dataset=self.names[unit.place],
             split=split,
             metric=metric,
@@ -262,15 +278,16 @@ class Timeline:
             selection=selection,
             weights=epoch.sha256,
             weights_path=str(epoch.path),
-            config=recipe_hash(self._recipe(unit)),
+            config=recipe_hash(recipe),
             data=data_digest([s.digest for s in learned], [s.digest for s in evaluated]),
             version=self.config.version,
             run=str(self.run),
+            details={"overrides": changed} if changed else {},
         )
 
-    def _recipe(self, unit: Unit) -> dict[str, Any]:
-        """Return the part of the config that the unit's values depend on."""
-        content = to_dict(self.config)
+    def _recipe(self, config: TimelineConfig, unit: Unit) -> dict[str, Any]:
+        """Return the part of a config that the unit's values depend on."""
+        content = to_dict(config)
         recipe: dict[str, Any] = {
             "quantity": unit.quantity,
             "data": to_dict(self.data[unit.place]),
@@ -285,7 +302,8 @@ class Timeline:
             read = ("estimators", "seeds", "pairs", "side", settings)
             recipe["information"] = {key: content["information"][key] for key in read}
         if unit.quantity == "h_t":
-            recipe["reference_epoch"] = content["information"]["reference_epoch"]
+            reference = self.reference()
+            recipe["reference_epoch"] = reference.number if reference else None
         return recipe
 
     def _row(self, epoch: Epoch, unit: Unit, found: Measured, seconds: float) -> ResultRow:
@@ -305,7 +323,8 @@ class Timeline:
             reference = self.reference()
             details["reference_epoch"] = reference.number if reference else None
         row = self._unmeasured(epoch, unit, split, found.metric, found.unit, found.selection)
-        return dataclasses.replace(row, value=found.value, details=details | found.details)
+        details |= row.details | found.details
+        return dataclasses.replace(row, value=found.value, details=details)
 
 
 def summary(timeline: Timeline, todo: Sequence[tuple[Epoch, Unit]]) -> list[str]:

@@ -43,6 +43,15 @@ def find_config(name: str | Path, folder: str = "") -> Path:
     raise InputError(f"config {str(name)!r} is neither a file here nor under {CONFIG_DIR}{hint}")
 
 
+def shipped_config(name: str, folder: str) -> Path | None:
+    """Return ``configs/FOLDER/NAME.yaml``, None where this suite has no such recipe.
+
+    A user's own file of that name, or with a protocol of that name, is compared with it.
+    """
+    path = CONFIG_DIR / folder / f"{name}.yaml"
+    return path if name and path.is_file() else None
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read one YAML mapping, without ``_BASE_`` resolution; YAML tags are refused, never executed.
 

@@ -100,6 +100,14 @@ def changed_keys(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, An
     return {k: mine.get(k) for k in {**mine, **its} if k not in its or mine.get(k) != its[k]}
 
 
+def protocol_name(name: str, changed: Mapping[str, Any]) -> str:
+    """Return how rows name a protocol of which some keys were changed: ``linear+1a2b3c``.
+
+    Equal changes share a name, and none of them that of the unchanged protocol.
+    """
+    return f"{name}+{recipe_hash(changed)[:6]}" if changed else name
+
+
 def data_digest(learned: Sequence[str], evaluated: Sequence[str]) -> str:
     """Return ``LEARNED/EVALUATED``, 12 hex digits each, of the digests of their splits.
 

@@ -5,8 +5,6 @@ keys and wrong types are errors; YAML tags are refused. What a run may choose wi
 protocol (output folder, seed, device, weights, data) is listed in ``core.identity.NEUTRAL``.
 """
 
-import hashlib
-import json
 from ast import literal_eval
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -111,15 +109,8 @@ def changed_keys(cfg: CfgNode, base: dict[str, Any]) -> dict[str, Any]:
 
 
 def protocol_name(cfg: CfgNode, changed: dict[str, Any]) -> str:
-    """Return the protocol's name for the rows; a changed protocol gets a suffix of its own.
-
-    The suffix is a hash of what was changed, so that equal changes share a name, and none of them
-    shares the name of the unchanged protocol. What was changed stands in ``details.overrides``.
-    """
-    if not changed:
-        return str(cfg.SUITE.PROTOCOL)
-    text = json.dumps(changed, sort_keys=True, default=str)
-    return f"{cfg.SUITE.PROTOCOL}+{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+    """Return the protocol's name for the rows; what was changed stands in ``details.overrides``."""
+    return identity.protocol_name(cfg.SUITE.PROTOCOL, changed)
 
 
 def as_yaml(cfg: CfgNode) -> str:

@@ -15,7 +15,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
-from core.config import ROOT
+from core.config import ROOT, shipped_config
 from core.errors import InputError
 from detection import cfg as configs
 from detection import weights as weight_files
@@ -170,7 +170,8 @@ def _resolve(request: Request) -> tuple[CfgNode, dict[str, Any]]:
         raise InputError(f"SEED is {cfg.SEED}: every trial needs its own seed, 0 or more")
     check_numbers(cfg)
     check_wandb(cfg.SUITE.WANDB)
-    return cfg, configs.protocol_keys(configs.load_cfg(name))
+    named = shipped_config(cfg.SUITE.PROTOCOL, "detection") or name
+    return cfg, configs.protocol_keys(configs.load_cfg(named))
 
 
 def _scaled(cfg: CfgNode, world_size: int, notes: list[str]) -> CfgNode:

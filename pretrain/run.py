@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from core import dist
-from core.config import load_config, save_config, to_dict
+from core.config import load_config, save_config, shipped_config, to_dict
 from core.errors import InputError
 from core.files import ENDING, sweep
-from core.identity import data_digest, recipe_hash
+from core.identity import changed_keys, data_digest, protocol_name, recipe_hash
 from core.results import (
     ROWS_FILE,
     ResultRow,
@@ -229,6 +229,16 @@ def recipe_of(config: PretrainConfig) -> dict[str, Any]:
     return {key: value for key, value in to_dict(config).items() if key not in unread}
 
 
+def changed_from_shipped(config: PretrainConfig) -> dict[str, Any]:
+    """Return the keys that differ from this suite's recipe of that name, none if there is none."""
+    path = shipped_config(config.recipe, "pretrain")
+    if path is None:
+        return {}
+    shipped = recipe_of(load_config(PretrainConfig, path))
+    changed = changed_keys(recipe_of(config), shipped)
+    return {key: value for key, value in changed.items() if key != "data.name"}  # that rows name
+
+
 def fingerprint(config: PretrainConfig) -> str:
     """Return a hash of the recipe, and the seed: beside the data, all that weights depend on."""
     return f"{recipe_hash(recipe_of(config))} seed {config.seed}"
@@ -265,9 +275,10 @@ def record(
     value: float,
 ) -> None:
     """Append the run's number to its ``results.jsonl``."""
+    changed = changed_from_shipped(config)
     row = ResultRow(
         step="pretrain",
-        protocol=config.recipe,
+        protocol=protocol_name(config.recipe, changed),
         dataset=held_out.name,
         split=held_out.split,
         metric="top1",
@@ -289,6 +300,7 @@ def record(
             "batch_size": config.loop.batch_size,
             "amp": amp.resolve(config.loop.amp, dist.pick_device(config.loop.device)),
             "torch": torch.__version__,
+            "overrides": changed,
         },
     )
     append_rows(folder / ROWS_FILE, [row])

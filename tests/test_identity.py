@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from core import identity
-from core.config import to_dict
+from core.config import load_config, to_dict
 from core.results import ResultRow, latest
 from data.datasets import DataConfig, open_dataset
 from data.pack import PackConfig, pack
-from pretrain.run import PretrainConfig, recipe_of
+from pretrain.run import PretrainConfig, changed_from_shipped, recipe_of
 
 ROW = ResultRow(
     step="transfer", protocol="linear", dataset="cub200", split="test", metric="top1", value=1.0,
@@ -188,3 +188,17 @@ def test_a_data_digest_names_what_is_learned_from_and_what_is_evaluated_on() -> 
     learned, evaluated = identity.data_digest(["a", "b"], ["c"]).split("/")
     assert identity.data_digest([], ["c"]) == f"/{evaluated}"
     assert identity.data_digest(["b"], ["c"]) != f"{learned}/{evaluated}"
+
+
+def test_a_recipe_of_a_shipped_name_that_computes_something_else_is_told_apart() -> None:
+    shipped = load_config(PretrainConfig, "pretrain/ce_shapes.yaml")
+    config = dataclasses.replace(shipped, recipe="ce_shapes", seed=9, init="mine")
+    assert changed_from_shipped(config) == {}
+    changed = load_config(PretrainConfig, "pretrain/ce_shapes.yaml", ["loop.batch_size", "8"])
+    changed = dataclasses.replace(changed, recipe="ce_shapes")
+    assert changed_from_shipped(changed) == {"loop.batch_size": 8}
+    assert changed_from_shipped(dataclasses.replace(changed, recipe="my_own")) == {}
+    name = identity.protocol_name("ce_shapes", {"loop.batch_size": 8})
+    assert name.startswith("ce_shapes+")
+    assert name != identity.protocol_name("ce_shapes", {"loop.batch_size": 16})
+    assert identity.protocol_name("ce_shapes", {}) == "ce_shapes"

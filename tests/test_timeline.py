@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from core.results import ResultRow, read_rows
 from data.datasets import DataConfig, IndexedDataset
 from models.checkpoint import Facts, save_checkpoint
 from models.resnet import create_model
+from report.timeline import gather
 from transfer.linear import LinearConfig
 
 ARCH = "resnet18_cifar_w16"
@@ -165,6 +167,51 @@ def test_a_changed_setting_redoes_what_depends_on_it_and_nothing_else(
     changed = dataclasses.replace(config, information=longer)
     redone = {unit.quantity for _, unit in Timeline(run, changed, "tiny").todo()}
     assert redone == {"mi_ty"}
+
+
+def test_done_depends_on_the_content_of_the_data_and_not_on_workers_or_folders(
+    tmp_path: Path, tiny_npz: Path, target: Path
+) -> None:
+    run = tmp_path / "run"
+    write_epoch(run, 0, tiny_npz)
+    config = quick(target, quantities=["companions"])
+    work(Timeline(run, config, "tiny"))
+    (tmp_path / "moved").mkdir()
+    target = target.rename(tmp_path / "moved" / target.name)
+    moved = quick(
+        target,
+        quantities=["companions"],
+        source=DataConfig(name="npz", root=str(tiny_npz), workers=1, image_size=16),
+        features=Extraction(cache=False, workers=1, batch_size=7),
+    )
+    assert Timeline(run, moved, "tiny").todo() == []
+    with np.load(target) as content:
+        arrays = dict(content)
+    arrays["y_test"] = np.roll(arrays["y_test"], 1)
+    np.savez(target, **arrays)
+    assert {unit.place for _, unit in Timeline(run, moved, "tiny").todo()} == {1}
+
+
+def test_a_quick_look_with_other_settings_neither_counts_as_done_nor_replaces_what_is(
+    tmp_path: Path, tiny_npz: Path, target: Path
+) -> None:
+    run = tmp_path / "run"
+    for epoch in (0, 1, 2, 3):
+        write_epoch(run, epoch, tiny_npz)
+    real = quick(target, quantities=["probe"])
+    look = dataclasses.replace(real, every=2, linear=dataclasses.replace(real.linear, c_values=2))
+    work(Timeline(run, look, "tiny", recipe=real))
+    assert len(Timeline(run, real, "tiny", recipe=real).todo()) == 8  # 4 epochs, source and target
+    work(Timeline(run, real, "tiny", recipe=real))
+    work(Timeline(run, look, "tiny", recipe=real))  # all done
+    gathered = gather(read_rows(run / "results.jsonl"))
+    assert [name.partition("+")[0] for name in gathered] == ["tiny", "tiny"]
+    assert not any("left out" in note for note in gathered["tiny"].notes)
+    rows = [row for row in gathered["tiny"].rows if row.metric == "linear/top1"]
+    assert {row.epoch for row in rows} == {0, 1, 2, 3}
+    assert len({(row.config, row.dataset) for row in rows}) == 2
+    (other,) = gathered.keys() - {"tiny"}
+    assert gathered[other].rows[0].details["overrides"] == {"linear.c_values": 2}
 
 
 def test_epochs_missing_in_the_middle_are_named_and_later_ones_are_only_not_written(

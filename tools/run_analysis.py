@@ -58,7 +58,7 @@ def walk(run: Path, arguments: argparse.Namespace) -> bool:
     """Measure one run; return whether epochs were missing or unreadable."""
     from analysis.costs import expected_cost
     from analysis.timeline import Timeline, TimelineConfig, summary
-    from core.config import InputError, find_config, load_config
+    from core.config import InputError, find_config, load_config, shipped_config
     from core.progress import Progress, format_seconds
 
     name = find_config(arguments.config, "analysis")
@@ -68,7 +68,8 @@ def walk(run: Path, arguments: argparse.Namespace) -> bool:
         raise
     except ValueError as error:  # a value that analysis.mutual_information.Settings refuses
         raise InputError(f"{name}: information: {error}") from None
-    timeline = Timeline(run, config, name.stem, arguments.init)
+    named = load_config(TimelineConfig, shipped_config(name.stem, "analysis") or name)
+    timeline = Timeline(run, config, name.stem, arguments.init, named)
     todo = timeline.todo()
     print("\n".join(summary(timeline, todo)), flush=True)
     if todo:
