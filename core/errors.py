@@ -1,4 +1,4 @@
-"""How a tool may end before its work is done; ``tools/_checkout.py`` turns each into a status."""
+"""Why a tool ends before its work is done; ``tools/_checkout.py`` maps each to an exit status."""
 
 STOPPED_STATUS = 75  # exit status after a signal: everything is saved, start again with --resume
 
@@ -23,5 +23,8 @@ class LostRank(RuntimeError):
     """Another process of the group has died or hangs. Exit status 1; ``--resume`` goes on."""
 
 
-class Stopped(Exception):
-    """A signal asked to stop; the state is saved and ``--resume`` goes on. Exit status 75."""
+class Stopped(BaseException):
+    """A signal asked to stop; what was to be saved is saved. Exit status 75.
+
+    Like ``KeyboardInterrupt`` it passes every ``except Exception``.
+    """

@@ -3,6 +3,8 @@
 B images of a batch, S pixels: (images B×3×S×S uint8, labels B or B×K, index B).
 """
 
+import functools
+import os
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from core import signals
 from core.errors import InputError
 from data.sampler import EpochSampler, RankShare
 
@@ -29,7 +32,8 @@ class Indexed(Protocol):
 class Loader:
     """Iterate it for batches; ``InputError`` comes out of a worker as the one sentence that it is.
 
-    Workers live as long as the loader. Each uses one thread, and CUDA tensors get pinned memory.
+    Workers live as long as the loader, or as this process. Each uses one thread, and CUDA tensors
+    get pinned memory.
     """
 
     def __init__(self, dataset: Indexed, workers: int, **how: Any) -> None:
@@ -40,7 +44,7 @@ class Loader:
         self.batches: DataLoader[Any] = DataLoader(
             _Careful(dataset),
             num_workers=workers,
-            worker_init_fn=_one_thread,
+            worker_init_fn=functools.partial(_begin_worker, os.getpid()),
             collate_fn=_collate,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else each epoch, and each resume, draws from torch's own
@@ -51,11 +55,17 @@ class Loader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self.batches:
+        for batch in start(self.batches):
             if isinstance(batch, InputError):
                 self.batches._iterator = None  # else workers would live on in the traceback
                 raise type(batch)(str(batch))
             yield batch[0], batch[1], batch[2]
+
+
+def start(batches: DataLoader[Any]) -> Iterator[Any]:
+    """Return ``iter(batches)``, whose workers no stop signal ends: the main process ends them."""
+    with signals.held_back():
+        return iter(batches)
 
 
 def training_loader(dataset: Indexed, sampler: EpochSampler, workers: int = 0) -> Loader:
@@ -109,6 +119,7 @@ def _collate(items: list[Any]) -> Any:
     return default_collate(items)
 
 
-def _one_thread(_: int) -> None:
+def _begin_worker(parent: int, _: int) -> None:
+    signals.end_with_parent(parent)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)

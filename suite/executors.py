@@ -2,14 +2,13 @@
 
 import dataclasses
 import os
-import shutil
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from core.errors import InputError
+from core.launch import visible_gpus
 from suite.child import Child, stop
 
 
@@ -142,18 +141,3 @@ class _LocalAttempt:
         """Return how it has ended, None while it has not."""
         status = self.child.poll()
         return None if status is None else End(status, time.monotonic() - self._started)
-
-
-def visible_gpus() -> list[str]:
-    """Return the names of the GPUs that our children may use, as CUDA_VISIBLE_DEVICES takes them.
-
-    Torch would take seconds to tell the same.
-    """
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:
-        return [word.strip() for word in given.split(",") if word.strip() not in ("", "-1")]
-    if shutil.which("nvidia-smi") is None:
-        return []
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    count = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
-    return [str(number) for number in range(count)]

@@ -5,36 +5,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from core.config import InputError
+from core.config import ROOT, InputError
+from core.launch import ALONE, Place
+
+__all__ = ["ALONE", "Place", "Tool", "launch", "tool_of"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Tool:
     """What a launcher must know of a tool."""
 
-    ranks: str = ""  # how it gets several processes: "torchrun", "own" options, "" not at all
+    ranks: str = ""  # how it gets several processes: "launcher", "own" options, "" not at all
     resumes: bool = False  # whether it knows --output and --resume
     rehearses: bool = False  # whether --dry-run checks its command line
 
 
 TOOLS = {  # tools that are not here run as one process, from the beginning
-    "run_pretrain.py": Tool("torchrun", resumes=True, rehearses=True),
-    "run_transfer.py": Tool("torchrun", resumes=True),
+    "run_pretrain.py": Tool("launcher", resumes=True, rehearses=True),
+    "run_transfer.py": Tool("launcher", resumes=True),
     "train_net.py": Tool("own", resumes=True),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where one of several machines stands among them."""
-
-    nodes: int = 1
-    node: int = 0
-    host: str = ""  # of the first one; needed for several
-    port: int = 0
-
-
-ALONE = Place()
 
 
 def tool_of(words: Sequence[str]) -> Tool:
@@ -56,13 +46,12 @@ def launch(words: Sequence[str], gpus: int, place: Place = ALONE) -> list[str]:
     ranks, processes = tool_of(words).ranks, max(gpus, 1)
     if processes * place.nodes == 1 and ranks != "own":
         return [sys.executable, *words]
-    if ranks == "torchrun":
-        torchrun = [sys.executable, "-m", "torch.distributed.run"]
-        meeting = ["--standalone"]
+    if ranks == "launcher":
+        launcher = [sys.executable, str(ROOT / "tools/launch.py"), f"--processes={processes}"]
+        launcher += ["--nodes", str(place.nodes)]
         if place.nodes > 1:
-            meeting = ["--nnodes", str(place.nodes), "--node-rank", str(place.node)]
-            meeting += ["--master-addr", place.host, "--master-port", str(place.port)]
-        return [*torchrun, *meeting, f"--nproc-per-node={processes}", *words]
+            launcher += ["--node", str(place.node), "--host", place.host, "--port", str(place.port)]
+        return [*launcher, *words]
     if ranks == "own":
         options = ["--num-gpus", str(gpus)] if gpus else []
         if place.nodes > 1:

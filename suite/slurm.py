@@ -110,14 +110,11 @@ class Step:
         self.status = process.wait()
 
     def _warn(self) -> None:
-        """Hand SIGTERM to what saves: the ranks below torchrun, or else the tool itself."""
+        """Hand SIGTERM to the tool, which saves."""
         self._warned = True
-        if not self._pid or self.status is not None:
-            return
-        behind_torchrun = "torch.distributed.run" in _command_line(self._pid)
-        for pid in (behind_torchrun and _children(self._pid)) or [self._pid]:
+        if self._pid and self.status is None:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+                os.kill(self._pid, signal.SIGTERM)
 
     def _again(self) -> bool:
         return self.queued_again or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
@@ -332,18 +329,3 @@ def _rehearse(words: Sequence[str]) -> None:
 def _ignore_warnings() -> None:
     """In the child: SLURM may send a job's warning to all its processes; it would end ours."""
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-
-
-def _command_line(pid: int) -> list[str]:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    return []
-
-
-def _children(pid: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            if int(entry.read_text().rpartition(")")[2].split()[1]) == pid:
-                found.append(int(entry.parent.name))
-    return found

@@ -44,8 +44,7 @@ def run_tool() -> Callable[..., subprocess.CompletedProcess[str]]:
     ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable]
         if ranks > 1:
-            command += ["-m", "torch.distributed.run", "--standalone"]
-            command += ["--nproc-per-node", str(ranks)]
+            command += [str(ROOT / "tools/launch.py"), "--processes", str(ranks)]
         command += [str(ROOT / "tools" / name), *map(str, arguments)]
         return subprocess.run(
             command,

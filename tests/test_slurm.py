@@ -95,7 +95,7 @@ def test_a_warned_job_saves_is_queued_again_and_resumes(cluster: Path, tool: Pat
     wait_for(lambda: not list(cluster.glob("*.alive")))
 
 
-def test_two_machines_meet_through_torchrun(cluster: Path, tool: Path):
+def test_two_machines_meet(cluster: Path, tool: Path):
     log = submit(tool, nodes=2)
     other = log.with_name(log.name.replace("_0_", "_1_"))
     wait_for(lambda: says(log, "finished") and says(other, "finished"))
@@ -151,8 +151,8 @@ def test_tools_are_started_each_in_its_own_way():
     ]  # fmt: skip
     pretrain = launch(["tools/run_pretrain.py", "ce"], 8, place)
     assert pretrain[1:] == [
-        "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", "1", "--master-addr", "n1",
-        "--master-port", "29500", "--nproc-per-node=8", "tools/run_pretrain.py", "ce",
+        str(ROOT / "tools/launch.py"), "--processes=8", "--nodes", "2", "--node", "1",
+        "--host", "n1", "--port", "29500", "tools/run_pretrain.py", "ce",
     ]  # fmt: skip
     assert launch(["tools/run_analysis.py"], 1) == [sys.executable, "tools/run_analysis.py"]
     with pytest.raises(InputError, match="runs as one process"):

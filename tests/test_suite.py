@@ -501,7 +501,7 @@ def test_only_keeps_what_the_named_cells_need(bench: Bench):
 def test_several_gpus_reach_both_tools(bench: Bench):
     plan = make_plan(load_suite(bench.config, ["gpus", "4"]), "s", bench.root)
     pretrain = command(plan.job("pretrain/ce-s1"), "", False, 4)
-    assert pretrain[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    assert pretrain[1:5] == [str(ROOT / "tools/launch.py"), "--processes=4", "--nodes", "1"]
     detect = command(plan.job("quick/ce-s1"), "w.pth", True, 4)
     assert detect[detect.index("--num-gpus") + 1] == "4"
     assert "--resume" in detect

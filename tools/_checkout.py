@@ -33,38 +33,49 @@ class Parser(argparse.ArgumentParser):
 
 def run(main: Callable[[], int | None]) -> None:
     """Call ``main``; what ends it early becomes one line on stderr and its exit status."""
-    from core.errors import STOPPED_STATUS, InputError, LostRank, NonFiniteLoss, Stopped
-    from core.files import is_full
+    from core import launch, signals
 
-    try:
-        status = main()
-    except InputError as error:
-        _say(f"error: {error}")
-        status = 2
-    except NonFiniteLoss as error:
-        _say(f"error: {error}; lower the learning rate, or train without amp")
-        status = 1
-    except LostRank as error:
-        print(f"error: {error}; start again with --resume", file=sys.stderr)  # of any rank
-        status = 1
-    except Stopped as stopped:
-        _say(f"{stopped}; go on with --resume")
-        status = STOPPED_STATUS
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
-    except BrokenPipeError:
-        status = 141
-    except OSError as error:
-        if not is_full(error):
-            raise
-        _say(f"error: no space left to write {error.filename or 'a file'}; what was saved is whole")
-        status = 2
+    launch.end_with_launcher()
+    with signals.raising_stopped():
+        status = _status_of(main)
     sys.stdout.flush()
     sys.exit(status)
 
 
-def _say(line: str) -> None:
+def _status_of(main: Callable[[], int | None]) -> int | None:
+    from core import errors
+    from core.files import is_full
+
+    try:
+        return main()
+    except errors.InputError as error:
+        sentence = str(error).rsplit("InputError: ", 1)[-1].strip()  # behind a worker's traceback
+        _say(f"error: {sentence}", isinstance(error, errors.UnreadableImage))
+        return 2
+    except errors.NonFiniteLoss as error:
+        _say(f"error: {error}")
+        return 1
+    except errors.LostRank as error:
+        _say(f"error: {error}; start again with --resume", True)
+        return 1
+    except errors.Stopped as stopped:
+        _say(str(stopped))
+        return errors.STOPPED_STATUS
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 130
+    except BrokenPipeError:
+        return 141
+    except OSError as error:
+        if not is_full(error):
+            raise
+        _say(f"error: no space left to write {error.filename or 'a file'}; what was saved is whole")
+        return 2
+
+
+def _say(line: str, rank_alone: bool = False) -> None:
     """Print to stderr, once for all ranks."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)
+    from core import launch
+
+    if launch.speaks(rank_alone):
+        print(line, file=sys.stderr, flush=True)

@@ -3,7 +3,7 @@
 
 tools/run_transfer.py --config transfer/cub200_linear.yaml --weights ckpt.pth
 tools/run_transfer.py --config transfer/cub200_finetune.yaml --weights moco_v2_800ep.pth.tar
-torchrun --nproc-per-node 8 tools/run_transfer.py …      # features and training on all GPUs
+tools/launch.py tools/run_transfer.py …      # features and training on all GPUs
 
 Weights are a checkpoint of this suite or any that tools/convert_to_d2.py recognises. Each number
 becomes a row of OUTPUT/results.jsonl. Exit status: 0 done, 1 diverged, 2 bad input, 75 stopped by a

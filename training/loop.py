@@ -19,12 +19,13 @@ from torch.nn.parallel import DistributedDataParallel
 from core import dist
 from core.errors import InputError, NonFiniteLoss, Stopped
 from core.progress import Progress
+from core.signals import StopRequests
 from data.datasets import EpochSampler, IndexedDataset, normalise, to_device, training_loader
 from models import amp
 from training import resume
 from training.resume import Position
 from training.schedule import Stage, learning_rate
-from training.watch import LossWatch, StopRequests
+from training.watch import LossWatch
 
 __all__ = ["LoopConfig", "NonFiniteLoss", "Objective", "Stage", "Stopped", "train"]
 
@@ -125,7 +126,7 @@ def train(
     Raises:
         InputError: a config that cannot be run, or nothing (valid) to resume.
         NonFiniteLoss: on every rank, naming step and losses; nothing of that step is saved.
-        Stopped: after SIGTERM or SIGUSR1, once ``resume.pth`` is written.
+        Stopped: after a stop signal (``core.signals``), once ``resume.pth`` is written.
     """
     check(config, len(dataset))
     trainer = Trainer(objective, config, run_dir, seed, device, fingerprint)
@@ -141,7 +142,7 @@ def train(
         StopRequests() as stop,
         Progress(steps * total_epochs, "train", position.iteration, not dist.is_main()) as bar,
     ):
-        watch = LossWatch(stop)
+        watch = LossWatch(stop, device)
         while position.epoch < total_epochs:
             stage, epoch = trainer.enter(position, hooks)
             sampler.set_epoch(position.epoch, position.step)
@@ -164,7 +165,10 @@ def train(
                     watch.flush()
                     trainer.save(position)
                 if watch.must_stop:
-                    raise Stopped(f"stopped at step {position.iteration}; {run_dir} is saved")
+                    raise Stopped(
+                        f"stopped by a signal at step {position.iteration}; {run_dir} is saved: "
+                        "go on with --resume"
+                    )
             watch.flush()
             trainer.finish_epoch(position)
             finished, is_end = position.epoch, position.epoch == total_epochs

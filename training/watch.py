@@ -1,54 +1,25 @@
-"""Watches a running training: are the losses finite, and has anyone asked it to stop?"""
+"""Watches a running training: whether losses are finite, and whether a signal asks it to stop."""
 
 import math
-import signal
-import threading
-from types import FrameType, TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from core import dist
 from core.errors import NonFiniteLoss
-
-
-class StopRequests:
-    """Within the block, SIGTERM and SIGUSR1 only set ``requested``."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopRequests":
-        if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._on_signal) for s in self.SIGNALS}
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+from core.signals import StopRequests
 
 
 class LossWatch:
     """Averages the losses over ranks, and looks at each step while the next one is under way.
 
     A step's figures are read one step late, so that a GPU never waits for the host. The stop
-    request travels with them: all ranks see it at the same step.
+    request is averaged with them: all ranks see it at the same step.
     """
 
-    def __init__(self, stop: StopRequests) -> None:
+    def __init__(self, stop: StopRequests, device: torch.device) -> None:
         self._stop = stop
+        self._flags = torch.tensor([0.0, 1.0], device=device)  # no copy to the device in a step
         self._pending: tuple[int, list[str], Tensor] | None = None
         self._sums: dict[str, float] = {}
         self._count = 0
@@ -62,7 +33,7 @@ class LossWatch:
             NonFiniteLoss: on every rank alike.
         """
         figures = torch.stack([loss.detach().float() for loss in losses.values()])
-        flag = figures.new_tensor([float(self._stop.requested)])
+        flag = self._flags[1:] if self._stop.requested else self._flags[:1]
         packed = dist.all_mean(torch.cat([figures, flag]))
         self.flush()
         self._pending = (iteration, list(losses), packed)
@@ -78,7 +49,10 @@ class LossWatch:
         self.total = sum(values)
         if not all(math.isfinite(value) for value in values):
             figures = ", ".join(f"{name} {value}" for name, value in zip(names, values))
-            raise NonFiniteLoss(f"step {iteration}: the loss is not finite ({figures})")
+            raise NonFiniteLoss(
+                f"step {iteration}: the loss is not finite ({figures}); "
+                "lower the learning rate, or train without amp"
+            )
         for name, value in zip(names, values):
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._count += 1
