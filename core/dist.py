@@ -4,13 +4,16 @@ import contextlib
 import datetime
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as td
 from torch import Tensor
 
+from core import files
 from core.errors import InputError, LostRank, NonFiniteLoss
+from core.files import LOCK
 
 T = TypeVar("T")
 LONGEST = 30 * 24 * 3600  # seconds; nobody waits longer
@@ -110,6 +113,14 @@ def from_main(function: Callable[[], T]) -> T:
     if isinstance(result, Exception):
         raise result
     return result
+
+
+@contextlib.contextmanager
+def locked(folder: Path, name: str = LOCK) -> Iterator[None]:
+    """Hold a folder that all ranks write to, by the first of them; see ``files.locked``."""
+    with contextlib.ExitStack() as stack:
+        from_main(lambda: stack.enter_context(files.locked(folder, name=name)) and None)
+        yield
 
 
 @contextlib.contextmanager

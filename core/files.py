@@ -1,8 +1,11 @@
-"""Files that are whole or absent: written beside their name, flushed to disk, then renamed."""
+"""Files that are whole or absent: written beside their name, flushed, renamed; locked folders."""
 
 import contextlib
 import errno
+import fcntl
 import os
+import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +16,9 @@ from core.errors import InputError
 # no space, over the quota, over the limit of a file's size (ulimit -f)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ENDING = ".tmp"  # of what is being written; its name also begins with a dot
+LOCK = ".lock"  # in a folder that one process at a time writes to
+
+_held: set[int] = set()  # descriptors of locks
 
 
 @contextlib.contextmanager
@@ -63,6 +69,76 @@ def sweep(folder: Path) -> None:
     """Delete what killed processes have left half-written in a folder that nobody writes to now."""
     for leftover in folder.glob(f".*{ENDING}"):
         leftover.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, by: str = "another run", name: str = LOCK) -> Iterator[int]:
+    """Hold a folder, which is made, against other processes until the block or this process ends.
+
+    Yields the lock's descriptor: a command that inherits it holds the folder on; forked children
+    close it. A file system without locks is used all the same, with a warning.
+
+    Args:
+        by: what else may hold it, for the sentence.
+
+    Raises:
+        InputError: another process holds the folder.
+    """
+    check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o644)
+    _held.add(descriptor)
+    try:
+        _lock(descriptor, fcntl.LOCK_EX, folder, by)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        yield descriptor
+    finally:
+        _held.discard(descriptor)
+        os.close(descriptor)
+
+
+def check_not_locked(folder: Path, by: str = "another run", name: str = LOCK) -> None:
+    """Raise InputError if another process holds a folder; writes nothing."""
+    with contextlib.suppress(FileNotFoundError), (folder / name).open("rb") as file:
+        _lock(file.fileno(), fcntl.LOCK_SH, folder, by)
+
+
+def _lock(descriptor: int, how: int, folder: Path, by: str) -> None:
+    try:
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "a process"
+        raise InputError(
+            f"{folder} is in use by {by}, begun by {holder}: wait for it or end it"
+        ) from None
+    except OSError as error:
+        print(f"warning: {folder} cannot be locked: {error.strerror}", file=sys.stderr)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise InputError where a folder can neither be nor be made: a file is in its way."""
+    for place in (folder, *folder.absolute().parents):
+        if place.is_dir():
+            return
+        if place.exists():
+            raise InputError(f"{place} is a file; name a folder")
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder is absent or holds nothing but its lock and what was left half-written."""
+    if not folder.exists():
+        return True
+    return all(file.name.endswith((LOCK, ENDING)) for file in folder.iterdir())
+
+
+def _close_locks() -> None:
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_close_locks)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -38,7 +38,7 @@ class Request:
 
     config: str = ""
     weights: str = ""
-    output: str = ""
+    output: str | Path = ""
     init: str = ""
     seed: int | None = None
     num_gpus: int | None = None
@@ -161,7 +161,7 @@ def _resolve(request: Request) -> tuple[CfgNode, dict[str, Any]]:
             "no config: name one, such as --config detection/mask_rcnn_R50_FPN_1x.yaml"
         )
     cfg = configs.load_cfg(name, request.overrides)
-    cfg.OUTPUT_DIR = request.output or cfg.OUTPUT_DIR
+    cfg.OUTPUT_DIR = str(request.output or cfg.OUTPUT_DIR)
     cfg.MODEL.WEIGHTS = request.weights or cfg.MODEL.WEIGHTS
     cfg.SUITE.COCO_BACKEND = choose(request.coco_backend or cfg.SUITE.COCO_BACKEND)
     if request.seed is not None:

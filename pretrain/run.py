@@ -14,7 +14,7 @@ from torch import Tensor
 from core import dist
 from core.config import load_config, save_config, shipped_config, to_dict
 from core.errors import InputError
-from core.files import ENDING, sweep
+from core.files import check_folder, check_not_locked, is_empty, sweep
 from core.identity import changed_keys, data_digest, protocol_name, recipe_hash
 from core.results import (
     ROWS_FILE,
@@ -71,14 +71,26 @@ def pretrain(config: PretrainConfig, folder: Path, resume_run: bool = False) -> 
         LostRank: another process has died, or did not answer for ``loop.timeout`` seconds.
     """
     device = dist.init(config.loop.device, config.loop.timeout)
-    resume_run = dist.from_main(lambda: prepare_folder(folder, config, resume_run))
-    dist.from_main(lambda: clear_leftovers(folder))
+    has_state = dist.from_main(lambda: prepare_folder(folder, config, resume_run))
     dataset, held_out, objective = make_ready(config)
+    with dist.locked(folder):
+        dist.from_main(lambda: begin(folder, config, resume_run))
+        return train(config, folder, device, dataset, held_out, objective, has_state)
+
+
+def train(
+    config: PretrainConfig,
+    folder: Path,
+    device: torch.device,
+    dataset: IndexedDataset,
+    held_out: IndexedDataset,
+    objective: Objective,
+    has_state: bool,
+) -> Path:
+    """Train in a folder that is held, and record the result; return the last checkpoint's path."""
     last = sum(stage.epochs for stage in objective.stages())
     if dist.is_main():
         print(describe(config, dataset, last, device), flush=True)
-    if not resume_run:
-        write_config(config, folder)
     path = checkpoint_path(folder, last)
     model: Any = objective.model
 
@@ -104,13 +116,13 @@ def pretrain(config: PretrainConfig, folder: Path, resume_run: bool = False) -> 
         seed=config.seed,
         device=device,
         workers=config.data.workers,
-        resume_run=resume_run,
+        resume_run=has_state,
         fingerprint=fingerprint(config),
     )
     if last and not dist.from_main(lambda: is_recorded(folder, last)):
         value = scores[last] if last in scores else top1(model, held_out, config, device)
         dist.from_main(lambda: record(config, folder, dataset, held_out, path, value))
-    elif resume_run and dist.is_main():
+    elif has_state and dist.is_main():
         print(f"{folder} was finished already; nothing to do")
     dist.barrier()
     return path
@@ -192,35 +204,38 @@ def prepare_folder(folder: Path, config: PretrainConfig, resume_run: bool) -> bo
     Raises:
         InputError: the folder is not what it should be.
     """
+    check_folder(folder)
+    check_not_locked(folder)  # now, not after the data are listed
     if resume_run and ((folder / CONFIG).exists() and not resume.is_there(folder)):
         if fingerprint(load_config(PretrainConfig, folder / CONFIG)) != fingerprint(config):
             raise InputError(f"{folder / CONFIG} is another recipe; resume with that one")
         return False
     if resume_run:
         resume.load(folder, fingerprint(config))
-    elif folder.exists() and any(not entry.name.endswith(ENDING) for entry in folder.iterdir()):
-        raise InputError(f"{folder} is not empty: go on with --resume, or choose another --output")
+    else:
+        check_empty(folder)
     return resume_run
 
 
-def clear_leftovers(folder: Path) -> None:
-    """Delete what a killed run has left half-written."""
+def check_empty(folder: Path) -> None:
+    """Raise InputError unless a fresh run can start in a folder."""
+    if not is_empty(folder):
+        raise InputError(f"{folder} is not empty: go on with --resume, or choose another --output")
+
+
+def begin(folder: Path, config: PretrainConfig, resume_run: bool) -> None:
+    """Make a folder that is held ready: no half-written files, the resolved config."""
+    if not resume_run:
+        check_empty(folder)  # again: another run may have begun while the data were listed
     for place in (folder, folder / CHECKPOINTS):
         sweep(place)
+    save_config(config, folder / CONFIG)
 
 
 def is_recorded(folder: Path, epoch: int) -> bool:
     """Whether the run's result row is written: a kill may come between the last state and it."""
     rows = folder / ROWS_FILE
     return rows.exists() and any(row.epoch == epoch for row in read_rows(rows))
-
-
-def write_config(config: PretrainConfig, folder: Path) -> None:
-    """Save the resolved config in the run folder."""
-    if dist.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / CONFIG)
-    dist.barrier()
 
 
 def recipe_of(config: PretrainConfig) -> dict[str, Any]:

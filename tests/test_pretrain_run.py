@@ -11,6 +11,7 @@ import torch
 
 from analysis.survey import schedule_of
 from core.config import CONFIG_DIR, InputError, load_config, to_dict
+from core.files import locked
 from core.results import read_rows
 from models import checkpoint
 from pretrain.plan import disk, plan, trained_seconds
@@ -92,6 +93,24 @@ def test_a_fresh_start_wants_an_empty_folder_and_a_resume_its_own_recipe(
     assert sorted(p.stat().st_mtime_ns for p in run.rglob("*")) == before
     pretrain(_config(tiny_npz, "ce", "loop.log_every", "3"), run, resume_run=True)  # no effect
     assert len(read_rows(run / "results.jsonl")) == 1
+
+
+def test_a_run_folder_in_use_is_refused_at_the_beginning_and_again_before_the_first_write(
+    tmp_path: Path, tiny_npz: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    pretrain(_config(tiny_npz, "ce"), run)
+    for resume_run, folder in ((True, run), (False, tmp_path / "new")):
+        with locked(folder), pytest.raises(InputError, match=f"{folder.name} is in use by another"):
+            pretrain(_config(tiny_npz, "ce"), folder, resume_run)
+
+    def begun_meanwhile(*_: Any) -> Any:
+        (tmp_path / "new" / "config.yaml").touch()
+        return make_ready(_config(tiny_npz, "ce"))
+
+    monkeypatch.setattr("pretrain.run.make_ready", begun_meanwhile)
+    with pytest.raises(InputError, match="new is not empty"):
+        pretrain(_config(tiny_npz, "ce"), tmp_path / "new")
 
 
 def test_a_plan_writes_nothing(tmp_path: Path, tiny_npz: Path) -> None:

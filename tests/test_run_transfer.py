@@ -14,6 +14,7 @@ from PIL import Image
 
 from core.config import CONFIG_DIR, load_config
 from core.errors import InputError
+from core.files import locked
 from core.results import ResultRow, read_rows, sha256_of
 from data.datasets import DATASETS
 from models.checkpoint import Facts, load_checkpoint, save_checkpoint
@@ -59,6 +60,17 @@ def run_here(
         return read_rows(rows) if rows.exists() else []
 
     return call
+
+
+def test_an_output_in_use_is_refused(
+    run_here: Callable[..., list[ResultRow]], weights: Path, tmp_path: Path
+) -> None:
+    with (
+        locked(tmp_path / "out"),
+        pytest.raises(InputError, match="out is in use by another run"),
+    ):
+        run_here(weights)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
 def test_every_protocol_gives_a_row_that_says_how_it_came_about(

@@ -23,6 +23,7 @@ from analysis.survey import schedule_of, survey
 from analysis.timeline import Timeline, TimelineConfig, summary
 from core.config import load_config
 from core.errors import InputError
+from core.files import locked
 from core.results import ResultRow, read_rows
 from data.datasets import DataConfig, IndexedDataset
 from models.checkpoint import Facts, save_checkpoint
@@ -413,7 +414,11 @@ def test_the_tool_walks_draws_and_reports_what_was_unreadable(
     )
     os.environ.setdefault("MPLCONFIGDIR", str(tmp_path))
     command = ("run_analysis.py", "--run", run, "--config", config)
-    status, said, told = call_tool(*command, "--figures", tmp_path / "drawn")
+    with locked(run, name=".analysis.lock"):
+        status, _, told = call_tool(*command)
+    assert (status, "run is in use by another analysis" in told) == (2, True)
+    with locked(run):  # a training still writes
+        status, said, told = call_tool(*command, "--figures", tmp_path / "drawn")
     assert status == 1, told
     assert "2 epochs unreadable: epoch_0002.pth (" in told
     assert "); epoch_0003.pth (" in told

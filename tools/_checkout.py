@@ -31,6 +31,27 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see --help)")
 
 
+def folder(text: str) -> Path:
+    """As ``type`` of an argument: a folder that is there or can be made."""
+    from core.errors import InputError
+    from core.files import check_folder
+
+    try:
+        check_folder(Path(text).expanduser())
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text).expanduser()
+
+
+def file(text: str) -> Path:
+    """As ``type`` of an argument: a file that is there or can be made."""
+    path = Path(text).expanduser()
+    folder(str(path.parent))
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder; name a file")
+    return path
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Call ``main``; what ends it early becomes one line on stderr and its exit status."""
     from core import launch, signals

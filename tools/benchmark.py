@@ -20,7 +20,12 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     p = _checkout.Parser(__doc__)
     p.add_argument("--config", default="suites/quickstart.yaml", help="as given or under configs/")
-    p.add_argument("--output", default="", help="folder of the suite; default: runs/<its name>")
+    p.add_argument(
+        "--output",
+        type=_checkout.folder,
+        default="",
+        help="folder of the suite; default: runs/<its name>",
+    )
     p.add_argument("--only", default="", metavar="A,B", help="initialisations, protocols, cells")
     p.add_argument("--seeds", default="", metavar="1,2,3", help="instead of the suite's own")
     p.add_argument("--format", default="markdown", choices=("markdown", "latex", "csv"))

@@ -21,7 +21,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--baseline", default="ce", help="initialisation that every Δ refers to")
     p.add_argument("--resamples", type=int, default=1000, help="draws of the images")
     p.add_argument("--seed", type=int, default=0, help="of the draws")
-    p.add_argument("--output", default="", help="folder for bootstrap.jsonl; default: the first")
+    p.add_argument(
+        "--output",
+        type=_checkout.folder,
+        default="",
+        help="folder for bootstrap.jsonl; default: the first",
+    )
     return p
 
 

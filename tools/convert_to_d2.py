@@ -21,7 +21,7 @@ def parse() -> argparse.Namespace:
     # fmt: off
     parser = _checkout.Parser(__doc__)
     parser.add_argument("checkpoint", nargs="?", help="a file, timm:NAME or torchvision:NAME")
-    parser.add_argument("--output", help="default: ckpt_d2.pth beside ckpt.pth")
+    parser.add_argument("--output", type=_checkout.file, help="default: ckpt_d2.pth beside it")
     parser.add_argument("--format", help="insist on one of --list-formats")
     parser.add_argument("--to", default="detectron2", choices=("detectron2", "torchvision"))
     parser.add_argument("--drop", action="append", default=[], metavar="NAME",

@@ -24,7 +24,9 @@ def parser() -> argparse.ArgumentParser:
         default="pycocotools",
         help="pycocotools (of record); faster, hotcoco, auto: the fastest that is installed",
     )
-    p.add_argument("--output", type=Path, help="folder for coco_metrics.json and results.jsonl")
+    p.add_argument(
+        "--output", type=_checkout.folder, help="folder for coco_metrics.json and results.jsonl"
+    )
     p.add_argument(
         "--init", default="", help="initialisation in the rows; default: the file's name"
     )

@@ -17,7 +17,12 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     p = _checkout.Parser(__doc__)
     p.add_argument("runs", nargs="+", metavar="RUNS", help="run folders, or folders of them")
-    p.add_argument("--output", default="", help="folder to write to; default: the first of RUNS")
+    p.add_argument(
+        "--output",
+        type=_checkout.folder,
+        default="",
+        help="folder to write to; default: the first of RUNS",
+    )
     p.add_argument("--title", default="")
     p.add_argument("--baseline", default="", help="initialisation that every Δ refers to")
     p.add_argument("--columns", default="", metavar="A,B", help="metrics, such as bbox/AP,segm/AP")

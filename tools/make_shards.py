@@ -10,13 +10,13 @@ data.name shards.
 
 import _checkout  # isort: skip
 
-from pathlib import Path
-
 
 def main() -> None:
     """Pack and say what was written."""
     parser = _checkout.Parser(__doc__)
-    parser.add_argument("output", type=Path, metavar="FOLDER", help="made if it is missing")
+    parser.add_argument(
+        "output", type=_checkout.folder, metavar="FOLDER", help="made if it is missing"
+    )
     parser.add_argument("--config", help="YAML with the same keys, as given or under configs/")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="e.g. data.name imagenet")
     arguments = parser.parse_args()

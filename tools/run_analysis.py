@@ -8,7 +8,8 @@ tools/run_analysis.py --rows docs/timeline/results.jsonl --figures docs/timeline
 Every number becomes a row of RUN/results.jsonl (step "analysis"), and each run has its figures in
 RUN/figures; with --figures all runs are drawn over each other instead. What is done is skipped, so
 the same command goes on after an interruption, and may run beside a training that still writes.
-Exit status: 0 all epochs measured, 1 some were missing or unreadable (they are named), 2 bad input.
+Exit status: 0 all epochs measured, 1 some were missing or unreadable (they are named), 2 bad input,
+75 stopped by a signal.
 """
 
 import _checkout  # isort:skip
@@ -26,7 +27,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--config", help="a file, or a name under configs/")
     parser.add_argument("--init", default="", help="how rows name the run; default: its method")
     parser.add_argument("--rows", type=Path, action="append", default=[], help="rows to draw too")
-    parser.add_argument("--figures", type=Path, help="draw all runs together, here")
+    parser.add_argument("--figures", type=_checkout.folder, help="draw all runs together, here")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and end")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="changes to the config")
     return parser.parse_intermixed_args()
@@ -59,6 +60,7 @@ def walk(run: Path, arguments: argparse.Namespace) -> bool:
     from analysis.costs import expected_cost
     from analysis.timeline import Timeline, TimelineConfig, summary
     from core.config import InputError, find_config, load_config, shipped_config
+    from core.files import locked
     from core.progress import Progress, format_seconds
 
     name = find_config(arguments.config, "analysis")
@@ -78,7 +80,8 @@ def walk(run: Path, arguments: argparse.Namespace) -> bool:
         said = ", ".join(f"{key} {format_seconds(value)}" for key, value in parts.items())
         print(f"expected time {format_seconds(cost.total)} ({said})", flush=True)
     if todo and not arguments.dry_run:
-        with Progress(len(todo), f"analysis {run.name}") as bar:
+        lock = locked(run, "another analysis", ".analysis.lock")  # a training may hold its own
+        with lock, Progress(len(todo), f"analysis {run.name}") as bar:
             for rows in timeline.work():
                 for row in rows:
                     bar.say(line(row))

@@ -13,7 +13,6 @@ import _checkout  # isort: skip
 
 import argparse
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,7 +23,9 @@ def parse() -> argparse.Namespace:
     parser = _checkout.Parser(__doc__)
     parser.add_argument("method", choices=("random", "ce", "ctc"), help="how to pretrain")
     parser.add_argument("--config", help="recipe, as given or under configs/")
-    parser.add_argument("--output", type=Path, help="run folder (default runs/<recipe>)")
+    parser.add_argument(
+        "--output", type=_checkout.folder, help="run folder (default runs/<recipe>)"
+    )
     parser.add_argument("--init", default="", help="name of the initialisation in tables")
     parser.add_argument("--resume", action="store_true", help="go on where the run folder stands")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and end")

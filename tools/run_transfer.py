@@ -31,7 +31,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--weights", required=True, help="a file, timm:NAME or torchvision:NAME")
     parser.add_argument("--init", default="", help="how rows name the weights; default: their own")
     parser.add_argument("--format", help="insist on a format of tools/convert_to_d2.py")
-    parser.add_argument("--output", help="default: runs/transfer/CONFIG/INIT_WEIGHTS")
+    parser.add_argument(
+        "--output", type=_checkout.folder, help="default: runs/transfer/CONFIG/INIT_WEIGHTS"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with a cut fine-tuning")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and end")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="changes to the config")
@@ -50,7 +52,7 @@ def main() -> int:
     weights = read_weights(arguments.weights, arguments.init, arguments.format)
     name = f"{weights.init}_{weights.sha256[:8]}"
     default = ROOT / "runs" / "transfer" / Path(arguments.config).stem / name
-    output = Path(arguments.output).expanduser() if arguments.output else default
+    output = arguments.output or default
     try:
         if arguments.dry_run:
             dist.init(config.loop.device, config.loop.timeout)

@@ -17,7 +17,9 @@ def main() -> None:
     """Unpack and say what came."""
     parser = _checkout.Parser(__doc__)
     parser.add_argument("archive", metavar="ARCHIVE")
-    parser.add_argument("folder", metavar="FOLDER", help="made if it is missing")
+    parser.add_argument(
+        "folder", type=_checkout.folder, metavar="FOLDER", help="made if it is missing"
+    )
     arguments = parser.parse_args()
     names = unpack(arguments.archive, arguments.folder)
     print(f"{arguments.folder}: {', '.join(names)}")

@@ -7,6 +7,7 @@ from typing import Any
 from core import dist
 from core.config import save_config
 from core.errors import InputError
+from core.files import check_not_locked
 from core.identity import recipe_hash
 from core.results import ROWS_FILE, ResultRow, append_rows
 from data.catalogue import look_up
@@ -36,17 +37,18 @@ def run(
     """
     unit = opened(config, backbone, output, resume)
     rows: list[ResultRow] = []
-    for method in unit.methods:
-        started = time.monotonic()
-        outcomes = METHODS[method](unit)
-        seconds = round(time.monotonic() - started, 2)
-        changed = changed_keys(config, recipe or config, method)
-        details = {"method": method, "seconds": seconds, "overrides": changed}
-        rows += [_row(unit, outcome, details) for outcome in outcomes]
-    if dist.is_main():
-        output.mkdir(parents=True, exist_ok=True)
-        save_config(config, output / "config.yaml")
-        append_rows(output / ROWS_FILE, rows)
+    with dist.locked(output):
+        for method in unit.methods:
+            started = time.monotonic()
+            outcomes = METHODS[method](unit)
+            seconds = round(time.monotonic() - started, 2)
+            changed = changed_keys(config, recipe or config, method)
+            details = {"method": method, "seconds": seconds, "overrides": changed}
+            new = [_row(unit, outcome, details) for outcome in outcomes]
+            if dist.is_main():  # kept method by method: a signal may end the next one
+                save_config(config, output / "config.yaml")
+                append_rows(output / ROWS_FILE, new)
+            rows += new
     return rows
 
 
@@ -57,6 +59,7 @@ def opened(config: TransferConfig, backbone: Backbone, output: Path, resume: boo
         wrong = repr(unknown[0]) if unknown else "nothing"
         raise InputError(f"methods names {wrong}; known are {', '.join(METHODS)}")
     check(config)
+    check_not_locked(output)
     methods = methods_of(config)
     seed = backbone.seed if config.seed < 0 else config.seed
     splits = open_splits(config.data, seed)
