@@ -9,6 +9,7 @@ This module imports no torch, so that reports and suites can ask it.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -171,6 +172,17 @@ def done(rows: Iterable["ResultRow"], wanted: Iterable["ResultRow"]) -> bool:
         wanted: rows as they would be written; their values and details are not read.
     """
     return {measurement(row) for row in wanted} <= {measurement(row) for row in rows}
+
+
+def announcement(configs: Iterable[str], data: str, version: int) -> str:
+    """Return the line by which ``--dry-run`` says which identity its rows would have."""
+    return f"identity: {json.dumps({'config': [*configs], 'data': [data], 'version': [version]})}"
+
+
+def announced(text: str) -> dict[str, list[Any]] | None:
+    """Return config, data and version from the output of a ``--dry-run``, None if it has none."""
+    line = re.search(r"identity: (\{.*\})", text)
+    return json.loads(line[1]) if line else None
 
 
 def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

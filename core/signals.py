@@ -49,7 +49,7 @@ class StopRequests:
             signal.raise_signal(self.requested)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        _leave_lost_terminal()
+        leave_lost_terminal()
         self.requested = signal.Signals(number)
 
 
@@ -62,7 +62,7 @@ def raising_stopped() -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         _handle(lambda number, frame: None)
-        _leave_lost_terminal()
+        leave_lost_terminal()
         before.clear()
         raise Stopped(f"stopped by {signal.Signals(number).name}")
 
@@ -108,7 +108,7 @@ def _handle(handler: Handler) -> dict[int, Any]:
     return {number: signal.signal(number, handler) for number in heeded}
 
 
-def _leave_lost_terminal() -> None:
+def leave_lost_terminal() -> None:
     """Send output nowhere if it goes to a terminal that has closed: writing to it would fail."""
     for descriptor in (1, 2):
         try:

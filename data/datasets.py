@@ -6,6 +6,7 @@ device, where ``normalise`` makes them float.
 
 import dataclasses
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,12 @@ def open_dataset(cfg: DataConfig, split: str, train: bool = False, seed: int = 0
     if 0 < cfg.limit < len(source):
         source = source.subset(balanced_positions(source.labels, cfg.limit))
     return IndexedDataset(source, cfg, data_name(cfg), split, train, seed)
+
+
+def places_of(datasets: Iterable[IndexedDataset]) -> list[str]:
+    """Return the files and folders that data sets lie in; drawn ones lie nowhere."""
+    places = {Path(dataset.source.where).absolute() for dataset in datasets}
+    return sorted(str(place) for place in places if place.exists())
 
 
 def report_split(cfg: DataConfig) -> str:

@@ -138,6 +138,7 @@ def prepare(request: Request, scratch: Path, judge_weights: bool = True) -> Job:
         "compile": cfg.SUITE.COMPILE,
         "bn": norm if norms else cfg.MODEL.RESNETS.NORM,
         "images": {"train": sum(p.num_images for p in train), "val": val.num_images},
+        "read_from": sorted({str(part.json) for part in (*train, val)}),
         "coco_backend": cfg.SUITE.COCO_BACKEND,
         "versions": versions(),
     }

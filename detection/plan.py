@@ -10,6 +10,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 
 from core.disk import Disk, Files, free_bytes
+from core.identity import announcement
 from core.progress import format_seconds
 from core.results import ROWS_FILE, ResultRow, read_rows
 from detection import cfg as configs
@@ -31,8 +32,10 @@ def plan(job: Job) -> list[str]:
     done = _done(job)
     epochs = solver.MAX_ITER * solver.IMS_PER_BATCH / max(1, images["train"])
     going_on = f", {done} of them done" if done else ""
+    own = job.identity
     return [
         *lines,
+        announcement([own["config"]], own["data"], own["version"]),
         f"world     {world(job)}, lr {solver.BASE_LR:g}",
         f"schedule  {solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images{going_on}: "
         f"{epochs:.3g} epochs of {images['train']} images; then {images['val']} images judged",

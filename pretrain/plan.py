@@ -14,6 +14,7 @@ from core import dist
 from core.config import load_config, to_dict
 from core.disk import Disk, Files, free_bytes
 from core.errors import InputError
+from core.identity import announcement, data_digest, recipe_hash
 from core.progress import format_seconds
 from core.results import ROWS_FILE, read_rows
 from pretrain import run
@@ -31,7 +32,8 @@ def plan(config: PretrainConfig, folder: Path, resume_run: bool) -> str:
         InputError: as ``run.pretrain``.
     """
     run.prepare_folder(folder, config, resume_run)
-    dataset, _, objective = run.make_ready(config)
+    dataset, held_out, objective = run.make_ready(config)
+    data = data_digest([dataset.digest], [held_out.digest])
     epochs = sum(stage.epochs for stage in objective.stages())
     device = dist.pick_device(config.loop.device)
     return "\n".join(
@@ -41,6 +43,7 @@ def plan(config: PretrainConfig, folder: Path, resume_run: bool) -> str:
             f"# into {folder}",
             f"# time: {expected_time(config, folder)}",
             f"# disk: {disk(config, folder, objective, len(dataset))}",
+            f"# {announcement([recipe_hash(run.recipe_of(config))], data, config.version)}",
         ]
     )
 

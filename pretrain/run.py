@@ -30,6 +30,7 @@ from data.datasets import (
     evaluation_loader,
     normalise,
     open_dataset,
+    places_of,
     report_split,
     to_device,
 )
@@ -310,6 +311,7 @@ def record(
         run=str(folder),
         details={
             "images": len(held_out),
+            "read_from": places_of([dataset, held_out]),
             "world_size": dist.world_size(),
             "device": dist.pick_device(config.loop.device).type,
             "batch_size": config.loop.batch_size,

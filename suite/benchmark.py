@@ -1,16 +1,19 @@
-"""A suite from its config to its table: planned, run, reported."""
+"""A suite from its config to its page: planned, run, reported."""
 
 import dataclasses
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from core.config import ROOT, InputError
 from report.intervals import read_intervals
-from suite.executors import Executor, LocalExecutor
+from suite.estimates import Clock, expected_disk
+from suite.local import Executor, LocalExecutor
 from suite.page import done_runs, suite_page, write_page
-from suite.plan import make_plan, select
-from suite.runner import Outcome, print_plan, run_plan, shown
+from suite.plan import Plan, command, make_plan, select
+from suite.records import Records, State, verdicts
+from suite.runner import run_plan, say, shown
 from suite.schema import Suite, load_suite
 from suite.slurm import SlurmExecutor, check_slurm
 
@@ -43,8 +46,12 @@ def benchmark(
         overrides: KEY VALUE pairs that change the suite.
         tools: folder of the tools.
 
+    Returns:
+        0: all is done, 1: a job failed.
+
     Raises:
         InputError: anything wrong with the suite or the arguments, before anything is run.
+        Stopped, KeyboardInterrupt: as ``run_plan``.
     """
     replaced = ["seeds", _seeds(seeds)] if seeds else []
     suite = load_suite(config, [*overrides, *replaced])
@@ -54,27 +61,43 @@ def benchmark(
     plan = select(whole, [word for word in only.split(",") if word])
     place = _executor(executor, jobs, suite, whole.root)
     if dry_run:
-        print_plan(plan, slots=place.slots)
+        print_plan(plan, place.slots)
         return 0
     if executor == "slurm":
         check_slurm()
-    try:
-        outcome = run_plan(plan, _say, tools, place)
-    except KeyboardInterrupt:
-        _say("stopped; the same command goes on from here")
-        raise
-    remarks = _remarks(outcome)
+    outcome = run_plan(plan, tools, place)
     page = dataclasses.replace(
         suite_page(suite, name),
         intervals=read_intervals([whole.root]),
-        remarks=tuple(remarks),
+        remarks=tuple(outcome.remarks),
         command=f"tools/make_report.py {shown(whole.root)}",
     )
-    print()
+    say("")
     write_page(done_runs(whole), whole.root, page, format)
-    for remark in remarks:
+    for remark in outcome.remarks:
         print(f"! {remark}", file=sys.stderr)
-    return outcome.status
+    return int(bool(outcome.remarks))
+
+
+def print_plan(plan: Plan, slots: int = 1) -> None:
+    """Print what would be run, why, and the command lines; ``slots`` jobs would run at once."""
+    counts = f"{_count(len(plan.cells), 'cell')}, {_count(len(plan.jobs), 'step')}"
+    seeds = ", ".join(map(str, plan.suite.seeds))
+    say(f"{plan.name}: {counts}; seeds {seeds}; in {shown(plan.root)}")
+    waiting = []
+    for place, (job, verdict, source) in enumerate(verdicts(plan), 1):
+        why = f" ({verdict.reason})" if verdict.reason else ""
+        say(f"[{place}/{len(plan.jobs)}] {verdict.state.value:7}{job}{why}")
+        if verdict.state in (State.DONE, State.CHECK):
+            continue
+        waiting.append(job)
+        given = source or job.weights or f"<{job.needs}>"
+        words = command(job, given, resume=verdict.state is State.RESUME)
+        say("        " + shlex.join([shown(word) for word in words]))
+    records = Records(plan.root)
+    time = Clock(plan, records).eta(waiting, slots)
+    disk = expected_disk(plan, waiting, records)
+    say(f"{_count(len(waiting), 'step')} to run, expected time {time}, disk {disk}")
 
 
 def _executor(name: str, jobs: int, suite: Suite, root: Path) -> Executor:
@@ -85,11 +108,6 @@ def _executor(name: str, jobs: int, suite: Suite, root: Path) -> Executor:
     raise InputError(f"executor {name!r} is not one of {', '.join(EXECUTORS)}")
 
 
-def _remarks(outcome: Outcome) -> list[str]:
-    failed = [f"{job} has failed: {why}" for job, why in outcome.failed.items()]
-    return failed + [f"{job} was not run: {why}" for job, why in outcome.blocked.items()]
-
-
 def _seeds(text: str) -> str:
     try:
         return str([int(word) for word in text.split(",")])
@@ -97,5 +115,5 @@ def _seeds(text: str) -> str:
         raise InputError(f"--seeds {text}: write numbers with commas, such as 1,2,3") from None
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"

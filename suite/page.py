@@ -12,11 +12,9 @@ from report.html import Page, write_report
 from report.intervals import read_intervals
 from report.runs import Run, find_runs, read_run
 from report.timeline import is_timeline
-from suite.plan import Plan, make_plan
+from suite.plan import SUITE_FILE, Plan, make_plan
 from suite.records import State, verdicts
 from suite.schema import Suite, table_options
-
-SUITE_FILE = "suite.yaml"  # the resolved suite, in its folder
 
 
 def rebuild(
@@ -86,7 +84,8 @@ def done_runs(plan: Plan) -> list[Run]:
 
     Runs whose recipe or weights are no longer those of the plan are left out.
     """
-    done = [job for job, verdict, _ in verdicts(plan) if verdict.state is State.DONE]
+    counts = (State.DONE, State.CHECK)
+    done = [job for job, verdict, _ in verdicts(plan) if verdict.state in counts]
     jobs = [job for job in done if job.kind == "pretrain"] + [job for job in done if job.protocol]
     return [read_run(job.output) for job in jobs]
 

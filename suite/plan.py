@@ -1,4 +1,4 @@
-"""A suite as a plan: initialisations × protocols × seeds become jobs with what each depends on.
+"""A suite as jobs: initialisations × protocols × seeds, what each job needs, and its command line.
 
     pretrain ─┬─▶ convert ──▶ detection     one chain per initialisation and seed; the pretrained
     weights ──┴─▶ transfer                  and converted weights serve every protocol
@@ -17,8 +17,9 @@ from suite.launch import launch
 from suite.schema import Initialisation, Protocol, Suite, step_of
 
 CONVERT_MINUTES, CONVERT_GIGABYTES = 0.2, 0.1  # of a ResNet-50
-EXPECTED_ON_GPUS = 8  # that SUITE.EXPECTED_HOURS of a detection config is for
+EXPECTED_ON_GPUS = 8  # SUITE.EXPECTED_HOURS of a detection config is the time on so many GPUs
 LIBRARIES = ("timm:", "torchvision:")  # weights that the tools find by a library's name for them
+SUITE_FILE = "suite.yaml"  # the resolved suite, in its folder
 TOOLS = {
     "pretrain": "run_pretrain.py",
     "convert": "convert_to_d2.py",
@@ -38,18 +39,27 @@ class Job:
     protocol: str  # "" for pretrain and convert, which serve all protocols
     output: Path  # run folder; for convert the file
     recipe: dict[str, Any]  # dotted keys → values: config chain, overrides, seed
-    words: tuple[str, ...] = ()  # what stands first on the tool's command line
-    options: tuple[str, ...] = ()  # its options, but for input, output and --resume
-    pairs: tuple[str, ...] = ()  # KEY VALUE overrides, at its end
+    words: tuple[str, ...] = ()  # of the command line: before and among its options, without
+    pairs: tuple[str, ...] = ()  # input, output and --resume; then KEY VALUE overrides
     minutes: float = 0.0  # expected; 0: unknown
-    gigabytes: float = 0.0  # that it will write, at most; 0: unknown
-    needs: str = ""  # the job whose product is its input
-    weights: Path | str | None = None  # or its input is a file that exists, or a library's name
+    gigabytes: float = 0.0  # written at most; 0: unknown
+    needs: str = ""  # the job whose product is the input
+    weights: Path | str | None = None  # or the input is a file that exists, or a library's name
+    gpus: int = 0  # 0: one process on what the tool chooses
+
+    @property
+    def alike(self) -> str:
+        """What jobs of about equal length and size share: the initialisation or the protocol."""
+        return f"{self.kind} {self.init if self.kind == 'pretrain' else self.protocol}"
+
+    def __str__(self) -> str:
+        seed = "" if self.weights is not None else f", seed {self.seed}"
+        return f"{self.protocol or self.kind} {self.init}{seed}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All jobs of a suite in an order in which every job comes after what it needs."""
+    """All jobs of a suite; every job comes after the one that it needs."""
 
     suite: Suite
     name: str
@@ -62,44 +72,31 @@ class Plan:
 
     @property
     def cells(self) -> tuple[Job, ...]:
-        """Return the evaluations: what ends up in the table."""
+        """Return the evaluations, which the table shows."""
         return tuple(job for job in self.jobs if job.protocol)
 
 
 def make_plan(suite: Suite, name: str, root: str | Path) -> Plan:
-    """Return the jobs of a suite that is to live in ``root``.
+    """Return the jobs of a suite whose folder is ``root``.
 
     Raises:
-        InputError: a config is not there.
+        InputError: a config does not exist.
     """
     root = Path(root).absolute()
-    jobs: list[Job] = []
+    jobs: dict[str, Job] = {}
     for seed in suite.seeds:
         for init_name, init in suite.initialisations.items():
-            pretrain = _pretrain_job(init_name, init, seed, root) if init.config else None
+            chain: list[Job] = []
+            pretrain = _pretrain_job(suite, init_name, seed, root) if init.config else None
             convert = _convert_job(init_name, init, seed, pretrain, root)
-            found = [pretrain] if pretrain else []
+            chain += [pretrain] if pretrain else []
             for protocol_name, protocol in suite.protocols.items():
-                if step_of(protocol) == "transfer":
-                    found.append(
-                        _transfer_job(
-                            init_name, init, seed, protocol_name, protocol, pretrain, root
-                        )
-                    )
-                    continue
-                found += [convert] if convert not in found else []
-                found.append(
-                    _detection_job(
-                        init_name, seed, protocol_name, protocol, convert, suite.gpus, root
-                    )
-                )
-            jobs += [job for job in found if job.name not in {known.name for known in jobs}]
-    return Plan(suite, name, root, tuple(jobs))
-
-
-def kind_of(job: Job) -> str:
-    """Return what jobs of about equal length and size share: initialisation, or protocol."""
-    return f"{job.kind} {job.init if job.kind == 'pretrain' else job.protocol}"
+                detects = step_of(protocol) == "detection"
+                chain += [convert] if detects and convert not in chain else []
+                source = convert if detects else pretrain
+                chain.append(_cell(suite, init_name, seed, protocol_name, source, root))
+            jobs |= {job.name: job for job in chain if job.name not in jobs}
+    return Plan(suite, name, root, tuple(jobs.values()))
 
 
 def select(plan: Plan, only: Sequence[str]) -> Plan:
@@ -122,7 +119,7 @@ def select(plan: Plan, only: Sequence[str]) -> Plan:
         if not names:
             known = ", ".join([*plan.suite.initialisations, *plan.suite.protocols])
             raise InputError(
-                f"--only {word} names no cell; there are {known} (or PROTOCOL/INIT-sN)"
+                f"--only {word} names no cell; known are {known} (or PROTOCOL/INIT-sN)"
             )
         kept.update(names)
     for job in reversed(plan.jobs):  # what is needed comes before what needs it
@@ -132,40 +129,49 @@ def select(plan: Plan, only: Sequence[str]) -> Plan:
 
 
 def check_weights(plan: Plan) -> None:
-    """Raise InputError if a checkpoint that the plan is given is not there."""
+    """Raise InputError if a checkpoint that the suite names does not exist."""
     for job in plan.jobs:
         if isinstance(job.weights, Path) and not job.weights.is_file():
             raise InputError(
-                f"initialisation {job.init!r}: there is no weights file {job.weights}; put it "
-                f"there, name it with initialisations.{job.init}.weights PATH, or choose other "
-                "cells with --only"
+                f"initialisation {job.init!r}: weights file {job.weights} does not exist; set "
+                f"initialisations.{job.init}.weights PATH, or choose other cells with --only"
             )
 
 
 def command(
-    job: Job, source: str, resume: bool, gpus: int, tools: Path = ROOT / "tools"
+    job: Job,
+    source: Path | str | None,
+    resume: bool = False,
+    rehearse: bool = False,
+    tools: Path = ROOT / "tools",
 ) -> list[str]:
-    """Return the command line of a job, given its input file."""
-    words = [*job.words, *([source] if job.kind == "convert" else [])]
-    given = ["--weights", source] if job.kind in ("detection", "transfer") else []
-    output = ["--output", str(job.output), *(["--resume"] if resume else [])]
-    tool = str(tools / TOOLS[job.kind])
-    return launch(
-        [tool, *words, *job.options, *given, *output, *job.pairs],
-        gpus if job.kind != "convert" else 0,
-    )
+    """Return the command line of a job.
+
+    Args:
+        source: its input: a file, a library's name, or None for a pretraining.
+        resume: continue the run in its output folder.
+        rehearse: check only (``--dry-run``), for an output folder that does not exist.
+    """
+    output = job.output.with_name(f"{job.output.name}.dry-run") if rehearse else job.output
+    given = {"pretrain": [], "convert": [str(source)]}.get(job.kind, ["--weights", str(source)])
+    words = [*job.words, *given] if job.kind != "convert" else [*given, *job.words]
+    flags = [flag for flag, on in (("--resume", resume), ("--dry-run", rehearse)) if on]
+    tool = [str(tools / TOOLS[job.kind]), *words, "--output", str(output), *flags, *job.pairs]
+    processes = job.gpus if not rehearse or job.kind == "detection" else 0
+    return launch(tool, processes)
 
 
-def _pretrain_job(name: str, init: Initialisation, seed: int, root: Path) -> Job:
+def _pretrain_job(suite: Suite, name: str, seed: int, root: Path) -> Job:
+    init = suite.initialisations[name]
     config = find_config(init.config, "pretrain")
     recipe = _recipe(config, init.overrides)
     recipe |= {"seed": seed, "method": init.method, "arguments": init.arguments}
     stem = f"{name}-s{seed}"
     return Job(
         f"pretrain/{stem}", "pretrain", name, seed, "", root / "pretrain" / stem, recipe,
-        words=(init.method,), options=("--config", str(config), "--init", name, *init.arguments),
+        words=(init.method, "--config", str(config), "--init", name, *init.arguments),
         pairs=tuple(_pairs({**_flat(init.overrides), "seed": seed})), minutes=init.minutes,
-        gigabytes=init.gigabytes,
+        gigabytes=init.gigabytes, gpus=suite.gpus,
     )  # fmt: skip
 
 
@@ -174,25 +180,35 @@ def _convert_job(name: str, init: Initialisation, seed: int, source: Job | None,
     stem = f"{name}-s{seed}" if source else name
     return Job(
         f"convert/{stem}", "convert", name, seed, "", root / "weights" / f"{stem}_d2.pth",
-        {"format": init.format} | _named(init), options=_format(init), minutes=CONVERT_MINUTES,
-        gigabytes=CONVERT_GIGABYTES,
-        needs=source.name if source else "", weights=_given_weights(init),
+        {"format": init.format} | _named(init), words=_format(init), minutes=CONVERT_MINUTES,
+        gigabytes=CONVERT_GIGABYTES, needs=source.name if source else "", weights=_given(init),
     )  # fmt: skip
 
 
-def _detection_job(
-    init: str, seed: int, name: str, protocol: Protocol, source: Job, gpus: int, root: Path
+def _cell(
+    suite: Suite, init_name: str, seed: int, name: str, source: Job | None, root: Path
 ) -> Job:
-    config = find_config(protocol.config, "detection")
+    """Return an evaluation; a transfer reads the weights unconverted."""
+    init, protocol = suite.initialisations[init_name], suite.protocols[name]
+    kind, stem = step_of(protocol), f"{init_name}-s{seed}"
+    config = find_config(protocol.config, kind)
     recipe = _recipe(config, protocol.overrides)
-    recipe |= {"seed": seed, "gpus": gpus, "arguments": protocol.arguments}
-    options = ("--config", str(config), "--init", init, "--seed", str(seed), *protocol.arguments)
-    stem = f"{init}-s{seed}"
+    words = ["--config", str(config), "--init", init_name]
+    if kind == "detection":
+        recipe |= {"gpus": suite.gpus}
+        words += ["--seed", str(seed)]
+        pairs = _pairs(_flat(protocol.overrides), plain=True)
+    else:
+        recipe |= _named(init)
+        words += _format(init)
+        pairs = _pairs({**_flat(protocol.overrides), "seed": seed})
+    recipe |= {"seed": seed, "arguments": protocol.arguments}
     return Job(
-        f"{name}/{stem}", "detection", init, seed, name, root / name / stem, recipe,
-        options=options, pairs=tuple(_pairs(_flat(protocol.overrides), plain=True)),
-        minutes=protocol.minutes or _published_minutes(recipe, protocol, gpus), needs=source.name,
-        gigabytes=protocol.gigabytes,
+        f"{name}/{stem}", kind, init_name, seed, name, root / name / stem, recipe,
+        words=(*words, *protocol.arguments), pairs=tuple(pairs),
+        minutes=protocol.minutes or _published_minutes(recipe, protocol, suite.gpus),
+        gigabytes=protocol.gigabytes, needs=source.name if source else "",
+        weights=None if kind == "detection" else _given(init), gpus=suite.gpus,
     )  # fmt: skip
 
 
@@ -201,24 +217,6 @@ def _published_minutes(recipe: dict[str, Any], protocol: Protocol, gpus: int) ->
     if not gpus or protocol.overrides or protocol.arguments:
         return 0.0
     return 60 * recipe.get("SUITE.EXPECTED_HOURS", 0.0) * EXPECTED_ON_GPUS / gpus
-
-
-def _transfer_job(
-    init_name: str, init: Initialisation, seed: int, name: str, protocol: Protocol,
-    source: Job | None, root: Path,
-) -> Job:  # fmt: skip
-    """Return a transfer to classification, which reads the weights unconverted."""
-    config = find_config(protocol.config, "transfer")
-    recipe = _recipe(config, protocol.overrides) | _named(init)
-    recipe |= {"seed": seed, "arguments": protocol.arguments}
-    options = ("--config", str(config), "--init", init_name, *_format(init), *protocol.arguments)
-    stem = f"{init_name}-s{seed}"
-    return Job(
-        f"{name}/{stem}", "transfer", init_name, seed, name, root / name / stem, recipe,
-        options=options, pairs=tuple(_pairs({**_flat(protocol.overrides), "seed": seed})),
-        minutes=protocol.minutes, gigabytes=protocol.gigabytes,
-        needs=source.name if source else "", weights=_given_weights(init),
-    )  # fmt: skip
 
 
 def _format(init: Initialisation) -> tuple[str, ...]:
@@ -230,10 +228,10 @@ def _named(init: Initialisation) -> dict[str, str]:
     return {"weights": init.weights} if init.weights.startswith(LIBRARIES) else {}
 
 
-def _given_weights(init: Initialisation) -> Path | str | None:
-    """Return the checkpoint as given, or else under the checkout's root; None where it is made.
+def _given(init: Initialisation) -> Path | str | None:
+    """Return the checkpoint as given, or else under the checkout's root; None if it is pretrained.
 
-    ``timm:NAME`` and ``torchvision:NAME`` are names for the tools, which say what is not there.
+    ``timm:NAME`` and ``torchvision:NAME`` are resolved by the tools.
     """
     if not init.weights or init.weights.startswith(LIBRARIES):
         return init.weights or None

@@ -1,45 +1,50 @@
-"""What has been done already: one record per job, and the judgement whether it still counts.
+"""What is done: one record for each job, and the rule that decides what is to be done about it.
 
-A job is done when its record says so with today's recipe and input, and its product is there and
-unchanged: the checkpoint with its sha256, or result rows with the recorded config and weights
-hashes. A changed recipe or input is named, never passed over.
+A job is done when its product is complete: result rows measured on today's input weights, or the
+checkpoint that they say was trained to its end. It counts while its recipe, input weights and data
+are those of its record. Where only keys differ that no number depends on, where data files have
+another time, or where the record is damaged, the tool compares identities (``suite.run``).
 """
 
 import contextlib
 import dataclasses
 import enum
+import functools
+import hashlib
 import json
+import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from core.config import InputError
+from core.files import atomic_file
+from core.identity import is_neutral
 from core.results import ROWS_FILE, ResultRow, read_rows, sha256_of
 from suite.plan import Job, Plan
 
 RESUME_FILES = (
-    "resume*.pth",
-    "last_checkpoint",
-    "checkpoints/resume*.pth",
-    "model_*.pth",
-    "finetune",
-)
+    "resume*.pth", "last_checkpoint", "checkpoints/resume*.pth", "model_*.pth", "finetune",
+)  # fmt: skip
+IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".webp", ".tif", ".tiff")
 
 
 class State(enum.Enum):
     """What is to be done about a job."""
 
     DONE = "done"  # nothing
-    RESUME = "resume"  # go on where it was interrupted
+    CHECK = "check"  # nothing, if the tool says that the identity of its rows is still the same
+    RESUME = "resume"  # continue an interrupted run
     RUN = "run"  # from the beginning
-    RERUN = "rerun"  # from the beginning, for what is there was made from something else
+    RERUN = "rerun"  # from the beginning: what is there was made from something else
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """A state, and the reason in words."""
+    """A state and its reason in words."""
 
     state: State
     reason: str = ""
@@ -47,19 +52,19 @@ class Verdict:
 
 @dataclasses.dataclass
 class Record:
-    """What the runner knows of a job's last run."""
+    """A job's last run."""
 
     job: str
     state: str  # "started", "done", "failed"
     recipe: dict[str, Any]
     source: str  # sha256 of the input file, "" for none
     command: list[str]
-    product: str = ""  # the checkpoint it made, seen from its output; "" for none or rows
-    product_hash: str = ""
-    rows: list[list[str]] = dataclasses.field(default_factory=list)  # distinct [config, weights]
+    made: dict[str, str] = dataclasses.field(default_factory=dict)  # see ``made_by``
+    data: dict[str, str] = dataclasses.field(default_factory=dict)  # path → ``stat_digest``
     seconds: float = 0.0  # all attempts together
     status: int | None = None  # exit status
-    ticket: str = ""  # the SLURM job that runs or has run it
+    ticket: str = ""  # by which the executor finds the attempt again
+    began: float = 0.0  # UNIX time at which its first attempt began
 
 
 class Records:
@@ -67,73 +72,167 @@ class Records:
 
     def __init__(self, root: Path) -> None:
         self.folder = root / "jobs"
+        self._digests: dict[str, tuple[str, float]] = {}  # a folder of many files is walked once
 
     def read(self, job: Job) -> Record | None:
-        """Return the job's record, None where there is none or it is damaged."""
+        """Return the job's record, None if it does not exist or is damaged."""
+        known = {field.name for field in dataclasses.fields(Record)}
         try:
-            content = json.loads(self._path(job.name).read_text(encoding="utf-8"))
-            return Record(**content)
-        except (OSError, ValueError, TypeError):
+            content = json.loads(self.path(job).read_text(encoding="utf-8"))
+            return Record(**{key: value for key, value in content.items() if key in known})
+        except (OSError, ValueError, TypeError, AttributeError):
             return None
+
+    def is_damaged(self, job: Job) -> bool:
+        """Whether the job has a record that cannot be read, such as an empty file."""
+        return self.path(job).exists() and self.read(job) is None
 
     def write(self, job: Job, record: Record) -> None:
         """Write the job's record, atomically."""
-        path = self._path(job.name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        text = json.dumps(dataclasses.asdict(record), indent=1)
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(path)
+        with atomic_file(self.path(job)) as file:
+            file.write(json.dumps(dataclasses.asdict(record), indent=1).encode() + b"\n")
 
-    def _path(self, name: str) -> Path:
-        return self.folder / (name.replace("/", "--") + ".json")
+    def data_has_changed(self, record: Record) -> bool:
+        """Whether files of the data differ in name, size or time from those that were read."""
+        return any(self._digest(place)[0] != digest for place, digest in record.data.items())
+
+    def note_data(self, job: Job, record: Record, began: float) -> None:
+        """Record the files that the job's rows say they were read from.
+
+        Args:
+            began: UNIX time. What is newer is not known to be what was read: no digest.
+        """
+        self._digests.clear()
+        places = {place for row in rows_of(job) for place in row.details.get("read_from", ())}
+        found = {place: self._digest(place) for place in sorted(places)}
+        record.data = {k: digest if newest < began else "" for k, (digest, newest) in found.items()}
+
+    def _digest(self, place: str) -> tuple[str, float]:
+        if place not in self._digests:
+            self._digests[place] = stat_digest(place)
+        return self._digests[place]
+
+    def path(self, job: Job) -> Path:
+        """Return the file of a job's record."""
+        return self.folder / f"{file_name(job)}.json"
 
 
-def judge(job: Job, record: Record | None, source: Path | None) -> Verdict:
-    """Say what is to be done about a job.
-
-    Args:
-        source: its input file; None where it needs none, or where that is still to be made.
-    """
-    if record is None:
-        if _occupied(job.output):
-            return Verdict(State.RERUN, "what is there was not made by this suite")
-        return Verdict(State.RUN)
-    if job.needs and source is None:
-        return Verdict(State.RERUN, f"{job.needs} is to be made first")
-    changes = changed_recipe(record.recipe, job.recipe)
-    if changes:
-        return Verdict(State.RERUN, "the recipe has changed: " + "; ".join(changes))
-    if source is not None and sha256_of(source) != record.source:
-        return Verdict(State.RERUN, "its input weights have changed")
-    if record.state == "done":
-        missing = _missing_product(job, record)
-        return Verdict(State.RUN if missing else State.DONE, missing)
-    if job.kind != "convert" and resumable(job.output):
-        return Verdict(
-            State.RESUME, "it was interrupted" if record.state == "started" else "it failed"
-        )
-    return Verdict(State.RUN, "" if record.state == "started" else "it failed")
+def file_name(job: Job) -> str:
+    """Return a job's name as that of a file."""
+    return job.name.replace("/", "--")
 
 
 def verdicts(plan: Plan) -> Iterator[tuple[Job, Verdict, Path | None]]:
-    """Yield every job with what is to be done about it and its input, without running anything."""
+    """Yield every job with what is to be done about it and its input; nothing is run."""
     records = Records(plan.root)
     done: set[str] = set()
     for job in plan.jobs:
-        source = source_of(plan, job, records) if not job.needs or job.needs in done else None
-        verdict = judge(job, records.read(job), source)
-        if job.needs and job.needs not in done and verdict.state is not State.RERUN:
+        waits = bool(job.needs) and job.needs not in done
+        source = None if waits else source_of(plan, job, records)
+        verdict = judge(job, records, source)
+        if waits and verdict.state is not State.RERUN:
             verdict = Verdict(State.RUN)
-        if verdict.state is State.DONE:
+        if verdict.state in (State.DONE, State.CHECK):
             done.add(job.name)
         yield job, verdict, source
 
 
-def source_of(plan: Plan, job: Job, records: Records) -> Path | None:
-    """Return a job's input file: the given weights, or the product of what it needs.
+def judge(job: Job, records: Records, source: Path | None) -> Verdict:
+    """Return what is to be done about a job.
 
-    None where it is not there (yet), or is known by a library's name alone.
+    Args:
+        source: its input file; None if it needs none, or if that is still to be made.
+    """
+    record = records.read(job)
+    if record is None and not records.is_damaged(job):
+        foreign = "what is there was not made by this suite"
+        return Verdict(State.RERUN, foreign) if is_occupied(job.output) else Verdict(State.RUN)
+    if job.needs and source is None:
+        return Verdict(State.RERUN, f"{job.needs} is to be made first")
+    weights = sha256_of_file(source) if source else ""
+    made = made_by(job, weights, record)
+    if record is None:
+        reason = "its record is damaged"
+        if made and job.kind != "convert":
+            return Verdict(State.CHECK, reason)
+        resumes = job.kind != "convert" and resumable(job.output)
+        return Verdict(State.RESUME if resumes else State.RUN, reason)
+    changes = differences(record.recipe, job.recipe)
+    decisive = [key for key in changes if not is_neutral(key)]
+    if decisive:
+        said = "; ".join([changes[key] for key in decisive[:4]])
+        more = f"; and {len(decisive) - 4} more" if len(decisive) > 4 else ""
+        return Verdict(State.RERUN, f"the recipe has changed: {said}{more}")
+    if weights != record.source:
+        return Verdict(State.RERUN, "its input weights have changed")
+    lost = [key for key, value in record.made.items() if made.get(key) != value]
+    if lost:
+        what = "its result rows are" if job.protocol else f"{lost[0]} is"
+        return Verdict(State.RUN, f"{what} gone or changed")
+    if made and changes:
+        return Verdict(State.CHECK, "; ".join(list(changes.values())[:4]))
+    if made and records.data_has_changed(record):
+        return Verdict(State.CHECK, "files of its data have changed or moved")
+    if made:
+        return Verdict(State.DONE)
+    how = "it was interrupted" if record.state == "started" else "it failed"
+    if job.kind != "convert" and resumable(job.output):
+        return Verdict(State.RESUME, how)
+    return Verdict(State.RUN, "" if record.state == "started" else how)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
+    """Return the keys whose values differ, each with the sentence ``key: old → new``."""
+    plain = json.loads(json.dumps(new, default=str))
+    unset = "(unset)"
+    return {
+        key: f"{key}: {old.get(key, unset)} → {plain.get(key, unset)}"
+        for key in {**old, **plain}
+        if old.get(key, unset) != plain.get(key, unset)
+    }
+
+
+def made_by(job: Job, weights: str, record: Record | None = None) -> dict[str, str]:
+    """Return a job's complete product, {} if there is none: what it made, and the hashes of it.
+
+    Args:
+        weights: sha256 of the input file; "" if the job has none.
+        record: if it says done, the tool has ended well and what it made is complete.
+    """
+    if job.protocol:
+        return {
+            f"{row.dataset}/{row.split} {row.metric} {row.selection}":
+            f"{row.config} {row.data} {row.version} {row.weights}"
+            for row in rows_of(job) if weights in ("", row.weights)
+        }  # fmt: skip
+    product = product_of(job, record)
+    if product is None:
+        return {}
+    digest = sha256_of_file(product)
+    trains = job.kind == "pretrain" and job.recipe.get("method") != "random"
+    ended_well = not trains or (record is not None and record.state == "done")
+    if not ended_well and all(row.weights != digest for row in rows_of(job)):
+        return {}  # a run writes its row after its last epoch
+    return {os.path.relpath(product, job.output.parent): digest}
+
+
+def product_of(job: Job, record: Record | None) -> Path | None:
+    """Return the file that a job has made: as recorded, else the newest checkpoint or the output.
+
+    None if the job makes rows, or if the file does not exist.
+    """
+    if job.protocol:
+        return None
+    recorded = [job.output.parent / name for name in record.made] if record else []
+    newest = newest_checkpoint(job.output) if job.kind == "pretrain" else job.output
+    product = recorded[0] if recorded else newest
+    return product if product is not None and product.is_file() else None
+
+
+def source_of(plan: Plan, job: Job, records: Records) -> Path | None:
+    """Return a job's input file: the given weights, or the product of the job that it needs.
+
+    None if it does not exist (yet), or is known by a library's name alone.
     """
     if job.weights is not None:
         return job.weights if isinstance(job.weights, Path) and job.weights.is_file() else None
@@ -141,19 +240,6 @@ def source_of(plan: Plan, job: Job, records: Records) -> Path | None:
         return None
     needed = plan.job(job.needs)
     return product_of(needed, records.read(needed))
-
-
-def changed_recipe(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return the keys whose values differ, as ``key: old → new``, at most four of them."""
-    plain_new = json.loads(json.dumps(new, default=str))
-    keys = [k for k in {**old, **plain_new} if old.get(k) != plain_new.get(k)]
-    said = [f"{k}: {old.get(k, '(unset)')} → {plain_new.get(k, '(unset)')}" for k in keys[:4]]
-    return said + ([f"and {len(keys) - 4} more"] if len(keys) > 4 else [])
-
-
-def resumable(folder: Path) -> bool:
-    """Whether a run folder holds a file to resume from."""
-    return folder.is_dir() and any(any(folder.glob(pattern)) for pattern in RESUME_FILES)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -166,15 +252,58 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
+def rows_of(job: Job) -> Sequence[ResultRow]:
+    """Return the result rows that a job has written."""
+    with contextlib.suppress(InputError):
+        rows = read_rows(job.output / ROWS_FILE)
+        return [r for r in rows if (r.step, r.init, r.seed) == (job.kind, job.init, job.seed)]
+    return []
+
+
+def stat_digest(place: str) -> tuple[str, float]:
+    """Return a hash of the names, sizes and times below a file or folder, and the newest time.
+
+    Of images the name alone counts, for which the time of their folder stands. ("", 0.0): nothing
+    is there.
+    """
+    paths = {Path(place)}
+    for folder, _, names in os.walk(place):
+        paths |= {Path(folder), *(Path(folder, n) for n in names if not n.lower().endswith(IMAGES))}
+    lines, newest = [], 0.0
+    for path in sorted(paths):
+        with contextlib.suppress(OSError):
+            facts = path.stat()
+            size = 0 if stat.S_ISDIR(facts.st_mode) else facts.st_size
+            lines.append(f"{path.relative_to(place)} {size} {facts.st_mtime_ns}")
+            newest = max(newest, facts.st_mtime)
+    return (hashlib.sha256("\n".join(lines).encode()).hexdigest() if lines else ""), newest
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the sha256 of a file, which is read once for each of its states."""
+    facts = path.stat()
+    return _sha256_of_state(path, facts.st_size, facts.st_mtime_ns)
+
+
+@functools.cache
+def _sha256_of_state(path: Path, size: int, time: int) -> str:
+    return sha256_of(path)
+
+
+def resumable(folder: Path) -> bool:
+    """Whether a run folder holds a file to resume from."""
+    return folder.is_dir() and any(any(folder.glob(pattern)) for pattern in RESUME_FILES)
+
+
 def make_room(output: Path, ours: bool) -> Path | None:
     """Clear a job's output for a run from the beginning; return where its old content is kept.
 
-    Content with rows or checkpoints is kept beside as ``<name>.old1``, ``.old2``…; only the crumbs
-    of a run that had not come to its first checkpoint are deleted, and those only where ``ours``.
+    Content with rows or checkpoints is kept beside as ``<name>.old1``, ``.old2``…; a run that had
+    not come to its first checkpoint is deleted, if it is ``ours``.
     """
-    if not _occupied(output):
+    if not is_occupied(output):
         return None
-    if ours and output.is_dir() and not _worth_keeping(output):
+    if ours and output.is_dir() and not _is_worth_keeping(output):
         shutil.rmtree(output)
         return None
     number = 1
@@ -184,52 +313,10 @@ def make_room(output: Path, ours: bool) -> Path | None:
     return kept
 
 
-def finished(job: Job, record: Record) -> str:
-    """Fill the product of a job that has ended well into its record; return what is missing, or "".
-
-    The runner trusts a tool's exit status only together with the product that it promises.
-    """
-    if job.protocol:
-        rows = _rows(job)
-        record.rows = [list(pair) for pair in sorted({(row.config, row.weights) for row in rows})]
-        return "" if rows else f"it left no result rows in {job.output / ROWS_FILE}"
-    product = newest_checkpoint(job.output) if job.kind == "pretrain" else job.output
-    if product is None or not product.is_file():
-        return f"it left no checkpoint in {job.output}"
-    record.product = str(product.relative_to(job.output))
-    record.product_hash = sha256_of(product)
-    return ""
-
-
-def product_of(job: Job, record: Record | None) -> Path | None:
-    """Return the file that a job has made, None where it has made none or it is gone."""
-    if record is None or not record.product:
-        return None
-    product = job.output / record.product
-    return product if product.is_file() else None
-
-
-def _missing_product(job: Job, record: Record) -> str:
-    """Return what is missing of a job that its record calls done, or ""."""
-    if job.protocol:
-        there = {(row.config, row.weights) for row in _rows(job)}
-        complete = bool(there) and {tuple(pair) for pair in record.rows} <= there
-        return "" if complete else "its result rows are gone"
-    product = product_of(job, record)
-    if product is None:
-        return f"{record.product} is gone" if record.product != "." else "its file is gone"
-    return "" if sha256_of(product) == record.product_hash else f"{product.name} has changed"
-
-
-def _rows(job: Job) -> Sequence[ResultRow]:
-    with contextlib.suppress(InputError):
-        return [row for row in read_rows(job.output / ROWS_FILE) if row.step == job.kind]
-    return []
-
-
-def _occupied(path: Path) -> bool:
+def is_occupied(path: Path) -> bool:
+    """Whether a file or a folder with content is there."""
     return path.is_file() or (path.is_dir() and any(path.iterdir()))
 
 
-def _worth_keeping(folder: Path) -> bool:
+def _is_worth_keeping(folder: Path) -> bool:
     return (folder / ROWS_FILE).is_file() or any(folder.rglob("*.pth"))

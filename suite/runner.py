@@ -1,41 +1,46 @@
-"""Runs a plan: what is missing, as commands; what is done is skipped.
+"""Runs a plan: what is missing as commands, what is done is skipped.
 
 A job starts when what it needs is done and its executor has room. A failed job does not stop the
-others; an interrupted one goes on the next time. The runner keeps only records and logs:
+others, an interrupted one is resumed by the next call. Only records and logs are written here:
 everything else is what the tools write.
 """
 
 import contextlib
 import dataclasses
-import fcntl
-import os
-import shlex
+import re
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from core.config import ROOT, InputError, save_config
-from core.errors import STOPPED_STATUS
-from core.results import sha256_of
-from suite.child import sigterm_interrupts
-from suite.clock import Clock, clock_time
-from suite.executors import Attempt, End, Executor, LocalExecutor, Task
-from suite.plan import Job, Plan, check_weights, command
+from core.errors import STOPPED_STATUS, Stopped
+from core.identity import announced
+from core.progress import format_seconds
+from core.signals import StopRequests
+from suite.estimates import Clock
+from suite.local import Attempt, End, Executor, LocalExecutor, Task, held, is_held, write_out
+from suite.plan import SUITE_FILE, Job, Plan, check_weights, command
 from suite.records import (
     Record,
     Records,
     State,
     Verdict,
-    finished,
+    file_name,
     judge,
+    made_by,
     make_room,
+    rows_of,
+    sha256_of_file,
     source_of,
-    verdicts,
 )
-from suite.space import expected_disk
 
-Say = Callable[[str], None]
+ERROR = re.compile(r"^([\w.]*(error|Error|Exception|Interrupt)\b[^:]*): .")
+OTHER = {"config": "another recipe", "data": "other data", "version": "another version"}
+LAST_BYTES = 20_000  # of a log, among which the reason of a failure is looked for
 
 
 @dataclasses.dataclass
@@ -47,34 +52,37 @@ class Outcome:
     blocked: dict[str, str] = dataclasses.field(default_factory=dict)  # job → what failed before it
 
     @property
-    def status(self) -> int:
-        """Return the exit status: 1 where anything failed."""
-        return 1 if self.failed or self.blocked else 0
+    def remarks(self) -> list[str]:
+        """Return a sentence for each job that failed or was not run."""
+        failed = [f"{job} has failed: {why}" for job, why in self.failed.items()]
+        return failed + [f"{job} was not run: {why}" for job, why in self.blocked.items()]
 
 
-def run_plan(
-    plan: Plan,
-    say: Say = print,
-    tools: Path = ROOT / "tools",
-    executor: Executor | None = None,
-) -> Outcome:
+def run_plan(plan: Plan, tools: Path = ROOT / "tools", executor: Executor | None = None) -> Outcome:
     """Run what is missing of a plan.
 
     Args:
-        say: gets every line of our own; children that run alone write to stdout.
         tools: folder of the tools.
         executor: where jobs run; None: on this machine, one after another.
 
     Raises:
-        InputError: a given checkpoint is missing, or another runner (or a job that it has left)
-            is at work in the suite's folder. Nothing has been run.
-        KeyboardInterrupt: interrupted; a later call goes on from there.
+        InputError: a given checkpoint does not exist, another runner is at work in the suite's
+            folder, or a job that is not in the plan. Nothing has been run.
+        Stopped, KeyboardInterrupt: after a signal or Ctrl-C; the running jobs have saved and ended.
     """
     check_weights(plan)
-    plan.root.mkdir(parents=True, exist_ok=True)
-    with _lock(plan.root) as held, sigterm_interrupts():
-        save_config(plan.suite, plan.root / "suite.yaml")
-        return _Runner(plan, say, tools, executor or LocalExecutor(jobs=1), held).run()
+    with held(plan.root / ".lock") as lock:
+        if lock is None:
+            raise InputError(f"{plan.root} is in use by another benchmark: wait for it or end it")
+        names = {file_name(job) for job in plan.jobs}
+        for file in sorted((plan.root / "jobs").glob("*.lock")):
+            if file.stem not in names and is_held(file):
+                raise InputError(
+                    f"{file.stem} still runs (process {file.read_text()}), left by an earlier call "
+                    "and not among these cells: include it, wait for it, or end it"
+                )
+        save_config(plan.suite, plan.root / SUITE_FILE)
+        return _Runner(plan, tools, executor or LocalExecutor(jobs=1)).run()
 
 
 @dataclasses.dataclass
@@ -83,198 +91,279 @@ class _Running:
 
     job: Job
     attempt: Attempt
-    record: Record
+    record: Record | None  # None: damaged
     started: float
 
 
 class _Runner:
-    """Starts what is ready, settles what has ended, until nothing is left."""
+    """Starts the jobs that are ready and records those that have ended, until none is left."""
 
-    def __init__(self, plan: Plan, say: Say, tools: Path, executor: Executor, held: int) -> None:
-        self.plan, self.say, self.tools, self.executor = plan, say, tools, executor
-        self.held = held
+    def __init__(self, plan: Plan, tools: Path, executor: Executor) -> None:
+        self.plan, self.tools, self.executor = plan, tools, executor
         self.records = Records(plan.root)
         self.clock = Clock(plan, self.records)
         self.outcome = Outcome()
         self.waiting = list(plan.jobs)
         self.running: dict[str, _Running] = {}
+        self.identities: dict[tuple[str, int], dict[str, Any]] = {}
+        self.stopped: Callable[[], bool] = bool  # whether a stop signal has come
+        self.stops = False  # whether what runs has been asked to end
         self.began = time.monotonic()
 
     def run(self) -> Outcome:
-        """Run all; an interruption lets what runs save and end."""
-        try:
-            while self.waiting or self.running:
-                self._start_what_is_ready()
-                if self.running:
-                    self.executor.wait()
-                for work in list(self.running.values()):
-                    end = work.attempt.ended()
-                    if end is not None:
-                        self._settle(work, end)
-        except KeyboardInterrupt:
-            note = self.executor.stop()
-            for work in self.running.values():
-                end = work.attempt.ended()
-                work.record.seconds += end.seconds if end else 0.0
-                self.records.write(work.job, work.record)
-            if note:
-                self.say(note)
-            raise
+        """Run all.
+
+        Raises:
+            Stopped, KeyboardInterrupt: after a signal, once what runs has saved and ended.
+        """
+        with StopRequests() as requests, counted_interrupts() as interrupts:
+            self.stopped = lambda: bool(requests.requested or interrupts)
+            try:
+                self._take_up()
+                while (self.waiting or self.running) and not self.stopped():
+                    self._start_next()
+                    if self.running:
+                        self.executor.wait()
+                    self._record_ended()
+            finally:  # after a signal, and after an error
+                self.stops = True
+                note = self.executor.stop(lambda: len(interrupts)) if self.running else ""
+                self._record_ended()
+                say(note) if note else None
+            if requests.requested:
+                name = requests.requested.name
+                raise Stopped(f"stopped by {name}; the same command goes on from here")
+            if interrupts:
+                say("stopped; the same command goes on from here")
+                raise KeyboardInterrupt
         return self.outcome
 
-    def _start_what_is_ready(self) -> None:
-        unsettled = {*self.running, *(job.name for job in self.waiting)}
-        for job in list(self.waiting):
-            if len(self.running) >= self.executor.slots:
-                return
-            if job.needs in unsettled:
+    def _take_up(self) -> None:
+        """Find the jobs that an earlier call has left running."""
+        for job in self.plan.jobs:
+            record = self.records.read(job)
+            ticket = record.ticket if record and record.state == "started" else ""
+            try:
+                attempt = self.executor.again(self._task(job, []), ticket)
+            except InputError as error:
+                self._fail(job, str(error))
+                continue
+            if attempt is None:
+                continue
+            verdict = judge(job, self.records, source_of(self.plan, job, self.records))
+            if verdict.state is State.RERUN:
+                self._fail(job, f"{attempt.ticket} runs it, but {verdict.reason}: end that")
                 continue
             self.waiting.remove(job)
+            self.running[job.name] = _Running(job, attempt, record, time.monotonic())
+            say(f"{self._head(job)}: {attempt.ticket} runs it already")
+
+    def _start_next(self) -> None:
+        """Start the first jobs that are ready, as many as there is room for."""
+        for job in list(self.waiting):
+            if len(self.running) >= self.executor.slots or self.stopped():
+                return
+            if job.needs in {*self.running, *(other.name for other in self.waiting)}:
+                continue
             if job.needs and job.needs not in self.outcome.done:
+                self.waiting.remove(job)
                 self.outcome.blocked[job.name] = f"{job.needs} has failed"
-                self.say(f"{self._head(job)}: not run, for {job.needs} has failed")
-            else:
+                say(f"{self._head(job)}: not run, for {job.needs} has failed")
+                continue
+            try:
                 self._start(job)
-            if job.name not in self.running:
-                unsettled.remove(job.name)
+            except InputError as error:  # SLURM or the tool's check refuses it
+                self._fail(job, str(error))
 
     def _start(self, job: Job) -> None:
-        """Start a job, or take up its attempt of an earlier call, unless it is done."""
+        """Start a job, unless it is done."""
         source = source_of(self.plan, job, self.records)
-        old = self.records.read(job)
-        verdict = judge(job, old, source)
+        verdict = judge(job, self.records, source)
+        if verdict.state is State.CHECK:
+            verdict = self._checked(job, source, verdict.reason)
+        record = self.records.read(job)
         if verdict.state is State.DONE:
+            if record is not None and record.state != "done":
+                self._complete(job, record)
+            self.waiting.remove(job)
             self.outcome.done.append(job.name)
-            self.say(f"{self._head(job)}: done already")
+            say(f"{self._head(job)}: done already")
             return
-        if old is not None and old.state == "started" and old.ticket:
-            attempt = self.executor.again(self._task(job, old.command), old.ticket)
-            if attempt is not None and verdict.state is State.RERUN:
-                self._fail(job, f"{attempt.ticket} still runs it, but {verdict.reason}: end that")
-                return
-            if attempt is not None:
-                self.running[job.name] = _Running(job, attempt, old, time.monotonic())
-                self.say(f"{self._head(job)}: {attempt.ticket} is at it already")
-                return
-        try:
-            work = self._launch(job, old, source, verdict)
-        except InputError as error:  # SLURM does not take it
-            self._fail(job, str(error))
-            return
-        self.running[job.name] = work
-        if not self._alone:
-            ticket = f" as {work.attempt.ticket}" if work.attempt.ticket else ""
-            log = shown(log_of(self.plan, job))
-            self.say(f"{self._head(job)}: started{ticket}, {self._times()}; log: {log}")
-
-    def _launch(
-        self, job: Job, old: Record | None, source: Path | None, verdict: Verdict
-    ) -> _Running:
         resume = verdict.state is State.RESUME
-        if self._alone:
-            self.say(f"{self._head(job)}: {self._times(job)}")
+        alone = self.executor.slots == 1
+        if alone:
+            say(f"{self._head(job)}: {self._times(job)}")
         if verdict.reason:
-            how = "going on" if resume else "running it from the beginning"
-            self.say(f"  {job.name}: {verdict.reason}: {how}")
-        if not resume:
-            kept = make_room(job.output, ours=old is not None)
-            if kept is not None:
-                self.say(f"  what was there is kept as {shown(kept)}")
+            how = "resuming it" if resume else "running it from the beginning"
+            say(f"  {job.name}: {verdict.reason}: {how}")
+        known = record is not None or self.records.is_damaged(job)
+        kept = None if resume else make_room(job.output, ours=known)
+        if kept is not None:
+            say(f"  what was there is kept as {shown(kept)}")
         job.output.parent.mkdir(parents=True, exist_ok=True)
-        given = str(source or job.weights)
-        words = command(job, given, resume, self.plan.suite.gpus, self.tools)
-        record = Record(
-            job.name, "started", job.recipe, sha256_of(source) if source else "", words,
-            seconds=old.seconds if old is not None and resume else 0.0,
-        )  # fmt: skip
-        self.records.write(job, record)
-        attempt = self.executor.start(self._task(job, words), self.held)
-        if attempt.ticket:
-            record.ticket = attempt.ticket
-            self.records.write(job, record)
-        return _Running(job, attempt, record, time.monotonic())
+        words = command(job, source or job.weights, resume, tools=self.tools)
+        new = Record(
+            job.name, "started", job.recipe, sha256_of_file(source) if source else "", words
+        )
+        new.began = time.time()
+        if resume and record is not None:
+            new.seconds, new.began = record.seconds, record.began
+        self.records.write(job, new)
 
-    def _settle(self, work: _Running, end: End) -> None:
-        """Judge and record how an attempt has ended."""
+        def note(ticket: str) -> None:
+            new.ticket = ticket
+            self.records.write(job, new)
+
+        attempt = self.executor.start(self._task(job, words), note)
+        self.waiting.remove(job)
+        self.running[job.name] = _Running(job, attempt, new, time.monotonic())
+        if not alone:
+            log = shown(self._log(job))
+            say(f"{self._head(job)}: started as {attempt.ticket}, {self._times()}; log: {log}")
+
+    def _checked(self, job: Job, source: Path | None, reason: str) -> Verdict:
+        """Return whether a job's rows have the identity that the tool would give them today."""
+        began, rows = time.time(), rows_of(job)
+        if rows:  # random weights have none, and nothing but their recipe to depend on
+            today = self._identity(job, source)
+            there = {key: sorted({getattr(row, key) for row in rows}) for key in today}
+            other = [OTHER[key] for key, values in there.items() if values != today[key]]
+            if other:
+                return Verdict(State.RERUN, f"{reason}; its rows are of {' and '.join(other)}")
+        record = self.records.read(job) or Record(job.name, "done", {}, "", [])
+        record.recipe, record.began = job.recipe, began
+        record.source = sha256_of_file(source) if source else ""
+        self._complete(job, record)
+        return Verdict(State.DONE)
+
+    def _identity(self, job: Job, source: Path | None) -> dict[str, Any]:
+        """Ask a tool for the identity of the rows that it would write; the input plays no part."""
+        key = (job.protocol or job.name, job.seed)
+        if key not in self.identities:
+            words = command(job, source or job.weights, rehearse=True, tools=self.tools)
+            answer = subprocess.run(words, capture_output=True, text=True, start_new_session=True)
+            found = announced(answer.stdout)
+            if answer.returncode or found is None:
+                why = (
+                    last_error(answer.stderr) or f"{Path(words[1]).name} --dry-run says no identity"
+                )
+                raise InputError(f"its rows cannot be checked: {why}")
+            self.identities[key] = {name: sorted(set(values)) for name, values in found.items()}
+        return self.identities[key]
+
+    def _complete(self, job: Job, record: Record) -> str:
+        """Record that a job is done; return what is missing for that, or ""."""
+        record.state = "done"
+        record.made = made_by(job, record.source, record)
+        if not record.made:
+            record.state = "failed"
+        self.records.note_data(job, record, record.began)
+        self.records.write(job, record)
+        what = "result rows" if job.protocol else "checkpoint"
+        return "" if record.made else f"it left no {what} in {job.output}"
+
+    def _record_ended(self) -> None:
+        for work in list(self.running.values()):
+            end = work.attempt.ended()
+            if end is not None:
+                self._end(work, end)
+
+    def _end(self, work: _Running, end: End) -> None:
+        """Record how an attempt has ended."""
         job, record = work.job, work.record
         del self.running[job.name]
-        record.seconds += end.seconds
-        record.status = end.status
-        if end.status == STOPPED_STATUS:  # the record stays "started"
+        if record is not None:
+            record.seconds += end.seconds
+            record.status = end.status
+            self.records.write(job, record)
+        if record is None or end.status is None:  # nobody saw how it ended: what is there decides
+            self.waiting.insert(0, job)
+            return
+        problem = ""
+        if end.status == 0 and not end.why:
+            problem = self._complete(job, record)
+        elif self.stops:
+            say(f"{self._head(job)}: interrupted")  # the record stays "started"
+            return
+        elif end.status == STOPPED_STATUS:
             problem = "a signal has stopped it, all is saved: the same command goes on"
         else:
-            problem = end.why or (f"exit status {end.status}" if end.status else "")
-            problem = problem or finished(job, record)
-            record.state = "failed" if problem else "done"
-        self.records.write(job, record)
+            problem = end.why or self._reason(job, end.status)
+            record.state = "failed"
+            self.records.write(job, record)
         if problem:
-            self._fail(job, f"{problem}; log: {shown(log_of(self.plan, job))}")
+            self._fail(job, f"{problem}; log: {shown(self._log(job))}")
             return
         self.outcome.done.append(job.name)
         self.clock.note(job, record.seconds)
-        if not self._alone:
-            took = clock_time(record.seconds)
-            self.say(f"{self._head(job)}: done in {took}, {self._times()}")
+        if self.executor.slots > 1:
+            took = format_seconds(record.seconds)
+            say(f"{self._head(job)}: done in {took}, {self._times()}")
+
+    def _reason(self, job: Job, status: int) -> str:
+        """Return why a job has failed: its status, and the error that its log ends with."""
+        with self._log(job).open("rb") as log:
+            log.seek(max(log.seek(0, 2) - LAST_BYTES, 0))
+            text = "\n" + log.read().decode(errors="replace")
+        said = last_error(text.rpartition("\n$ ")[2].partition("\n")[2])  # after its command
+        how = f"exit status {status}" if status > 0 else f"ended by {signal.Signals(-status).name}"
+        return f"{how}: {said}" if said else how
 
     def _fail(self, job: Job, problem: str) -> None:
+        if job in self.waiting:
+            self.waiting.remove(job)
         self.outcome.failed[job.name] = problem
-        self.say(f"{self._head(job)}: FAILED, {problem}")
-
-    @property
-    def _alone(self) -> bool:
-        return self.executor.slots == 1
+        say(f"{self._head(job)}: FAILED, {problem}")
 
     def _head(self, job: Job) -> str:
-        place = self.plan.jobs.index(job) + 1
-        return f"[{place}/{len(self.plan.jobs)}] {describe(job)}"
+        return f"[{self.plan.jobs.index(job) + 1}/{len(self.plan.jobs)}] {job}"
 
     def _times(self, next_job: Job | None = None) -> str:
-        """Return the time since the beginning and the one that is expected until the end."""
+        """Return the time since the beginning and the expected time to the end."""
         passed = {name: time.monotonic() - work.started for name, work in self.running.items()}
-        rest = self._still_to_run([*self.running, *([next_job.name] if next_job else [])])
-        eta = self.clock.eta(rest, self.executor.slots, passed)
-        return f"elapsed {clock_time(time.monotonic() - self.began)}, ETA {eta}"
-
-    def _still_to_run(self, current: list[str]) -> list[Job]:
-        """Return the current jobs and the waiting ones that are not done, as far as one knows."""
-        redone = set(current)
+        open_jobs = {*self.running, *([next_job.name] if next_job else [])}
         for job in self.waiting:
             record = self.records.read(job)
-            if job.needs in redone or record is None or record.state != "done":
-                redone.add(job.name)
-        return [job for job in self.plan.jobs if job.name in redone]
+            if job.needs in open_jobs or record is None or record.state != "done":
+                open_jobs.add(job.name)
+        rest = [job for job in self.plan.jobs if job.name in open_jobs]
+        eta = self.clock.eta(rest, self.executor.slots, passed)
+        return f"elapsed {format_seconds(time.monotonic() - self.began)}, ETA {eta}"
 
     def _task(self, job: Job, words: list[str]) -> Task:
-        gpus = self.plan.suite.gpus if job.kind != "convert" else 0
-        log = log_of(self.plan, job)
-        return Task(job.name, words, job.output, log, gpus, resumes=job.kind != "convert")
+        lock = self.records.path(job).with_suffix(".lock")
+        log = self._log(job)
+        return Task(job.name, words, job.output, log, lock, job.gpus, job.kind != "convert")
+
+    def _log(self, job: Job) -> Path:
+        return self.plan.root / "logs" / f"{file_name(job)}.log"
 
 
-def print_plan(plan: Plan, say: Say = print, slots: int = 1) -> None:
-    """Print what would be run, why, and the command lines; ``slots`` jobs would run at once."""
-    suite = plan.suite
-    counts = f"{_count(len(plan.cells), 'cell')}, {_count(len(plan.jobs), 'step')}"
-    say(f"{plan.name}: {counts}; seeds {', '.join(map(str, suite.seeds))}; in {shown(plan.root)}")
-    records, waiting = Records(plan.root), []
-    for place, (job, verdict, source) in enumerate(verdicts(plan), 1):
-        why = f" ({verdict.reason})" if verdict.reason else ""
-        say(f"[{place}/{len(plan.jobs)}] {verdict.state.value:7}{describe(job)}{why}")
-        if verdict.state is State.DONE:
-            continue
-        waiting.append(job)
-        given = str(source or job.weights or f"<{job.needs}>")
-        resume = verdict.state is State.RESUME
-        words = command(job, given, resume, suite.gpus)
-        say("        " + shlex.join([shown(word) for word in words]))
-    time = Clock(plan, records).eta(waiting, slots)
-    disk = expected_disk(plan, waiting, records)
-    say(f"{_count(len(waiting), 'step')} to run, expected time {time}, disk {disk}")
+@contextlib.contextmanager
+def counted_interrupts() -> Iterator[list[int]]:
+    """Within the block Ctrl-C only adds to the list."""
+    seen: list[int] = []
+    try:
+        before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
+    except ValueError:  # not in the main thread
+        yield seen
+        return
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
-def describe(job: Job) -> str:
-    """Return a job in words: ``pretrain ctc, seed 1`` or ``<protocol> ctc, seed 1``."""
-    seed = "" if job.weights is not None else f", seed {job.seed}"
-    return f"{job.protocol or job.kind} {job.init}{seed}"
+def last_error(text: str) -> str:
+    """Return the last line that names an error, else the last line with words, of a program."""
+    lines = [line.strip() for line in text.splitlines() if any(map(str.isalnum, line))]
+    errors = [line for line in lines if ERROR.match(line)]
+    return (errors or lines or [""])[-1].removeprefix("error: ")[:300]
+
+
+def say(line: str) -> None:
+    """Print a line at once."""
+    write_out(f"{line}\n".encode())
 
 
 def shown(word: str | Path) -> str:
@@ -282,31 +371,4 @@ def shown(word: str | Path) -> str:
     word = str(word)
     if word == sys.executable:
         return "python"
-    here = str(Path.cwd()) + os.sep
-    return word[len(here) :] if word.startswith(here) else word
-
-
-def log_of(plan: Plan, job: Job) -> Path:
-    """Return the log file of a job."""
-    return plan.root / "logs" / (job.name.replace("/", "--") + ".log")
-
-
-@contextlib.contextmanager
-def _lock(root: Path) -> Iterator[int]:
-    """Hold the suite's folder; children hold it on, so that no two write to one run."""
-    descriptor = os.open(root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(
-                f"{root} is in use by another benchmark, or by a step that one has left running: "
-                "wait for it or end it"
-            ) from None
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 's'}"
+    return word.removeprefix(f"{Path.cwd()}/")

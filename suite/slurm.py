@@ -9,24 +9,27 @@ queues the job again, and it goes on from what was saved last.
 import contextlib
 import dataclasses
 import os
+import secrets
 import shutil
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from core.config import ROOT
 from core.errors import STOPPED_STATUS, InputError
-from suite.executors import End, Task
+from core.signals import SIGNALS
 from suite.launch import ALONE, Place, launch, tool_of
+from suite.local import WAIT_SECONDS, End, Task, is_held
 from suite.records import make_room, resumable
 from suite.schema import Slurm
 
 FIRST_PORT, PORTS = 20000, 20000  # where the machines of a job meet, by the job's number
 LONGEST_WAIT_SECONDS = 30.0  # between two looks at the queue
+NAMED = "SLURM job named"  # in place of its number, while it is being submitted
 
 
 @dataclasses.dataclass
@@ -141,50 +144,83 @@ class SlurmExecutor:
         self.slots = jobs or 10**6
         self.settings, self.folder = settings, folder / "slurm"
         self._attempts: list[_SlurmAttempt] = []
-        self._pause = 0.2
+        self._pause, self._next_look = WAIT_SECONDS, 0.0
 
-    def start(self, task: Task, held: int) -> "_SlurmAttempt":
-        """Submit a task; the lock does not reach another machine: the ticket stands for it."""
+    def start(self, task: Task, note: Callable[[str], None]) -> "_SlurmAttempt":
+        """Submit a task under a name of its own, which is noted before."""
         step = Step(
             task.command, task.output if task.resumes else None, task.gpus, log=task.log, ready=True
         )
-        job = submit(step, self.settings, self.folder, task.name)
-        return self._keep(job)
+        name = f"{task.name.replace('/', '-')}-{secrets.token_hex(4)}"
+        note(f"{NAMED} {name}")
+        attempt = self._keep(submit(step, self.settings, self.folder, name))
+        note(attempt.ticket)
+        return attempt
 
     def again(self, task: Task, ticket: str) -> "_SlurmAttempt | None":
-        """Take up a job that is in the queue, or has ended while nobody looked."""
+        """Take up a job that is in the queue, or has ended while nobody looked.
+
+        Raises:
+            InputError: it runs as a process, or SLURM does not say whether it was submitted.
+        """
         from submitit import SlurmJob
 
-        number = ticket.rpartition(" ")[2]
+        if is_held(task.lock):
+            raise InputError(
+                f"process {task.lock.read_text()} runs it: leave --executor slurm out, or end that"
+            )
+        kind, _, word = ticket.rpartition(" ")
+        number = self._number_of(word) if kind == NAMED else word
+        if not number:
+            return None
         job: Any = SlurmJob(self.folder / number, number)
         queued = in_queue()
         known = job.paths.result_pickle.exists() or queued is None or number in queued
         return self._keep(job) if known else None
 
     def wait(self) -> None:
-        """Look at the queue, less often the longer nothing has happened."""
-        time.sleep(self._pause)
+        """Let a moment pass; look at the queue, less often the longer nothing has happened."""
+        time.sleep(WAIT_SECONDS)
+        if time.monotonic() < self._next_look:
+            return
         self._pause = min(1.5 * self._pause, LONGEST_WAIT_SECONDS)
+        self._next_look = time.monotonic() + self._pause
         open_attempts = [a for a in self._attempts if not a.look_for_result()]
         queued = in_queue() if open_attempts else None
         for attempt in open_attempts:
             attempt.missed = 0 if queued is None or attempt.number in queued else attempt.missed + 1
         if len(open_attempts) < len(self._attempts):
-            self._attempts, self._pause = open_attempts, 0.2
+            self._attempts, self._pause = open_attempts, WAIT_SECONDS
 
-    def stop(self) -> str:
+    def stop(self, hurries: Callable[[], int]) -> str:
         """Leave all jobs in the queue."""
         numbers = " ".join(attempt.number for attempt in self._attempts)
         return numbers and (
-            f"SLURM goes on with jobs {numbers}: the same command takes them up again, "
+            f"SLURM continues with jobs {numbers}: the same command takes them up again, "
             f"`scancel {numbers}` ends them"
         )
 
     def _keep(self, job: Any) -> "_SlurmAttempt":
         attempt = _SlurmAttempt(job)
         self._attempts.append(attempt)
-        self._pause = 0.2
+        self._pause, self._next_look = WAIT_SECONDS, 0.0
         return attempt
+
+    def _number_of(self, name: str) -> str:
+        """Return the number of the job whose submission was cut off, "" if there is none.
+
+        A job without the pickle of its task, which is stored after sbatch, is ended.
+        """
+        scripts = self.folder.glob("*/*_submission.sh")
+        numbers = {s.parent.name for s in scripts if f"job-name={name}\n" in s.read_text()}
+        queued = in_queue(name)
+        if queued is None:
+            raise InputError(f"squeue does not say whether job {name} was submitted: try later")
+        for number in numbers | queued:
+            if (self.folder / number / f"{number}_submitted.pkl").exists():
+                return number
+            subprocess.run(["scancel", number], capture_output=True)
+        return ""
 
 
 class _SlurmAttempt:
@@ -193,17 +229,19 @@ class _SlurmAttempt:
     def __init__(self, job: Any) -> None:
         self.job, self.number = job, str(job.job_id)
         self.ticket = f"SLURM job {self.number}"
+        self.has_result = False
         self.missed = 0  # looks at the queue in which it was not there
 
     def look_for_result(self) -> bool:
         """Whether it has left a result."""
         with contextlib.suppress(OSError):
             list(self.job.paths.folder.iterdir())  # a network file system looks again
-        return bool(self.job.paths.result_pickle.exists())
+        self.has_result = bool(self.job.paths.result_pickle.exists())
+        return self.has_result
 
     def ended(self) -> End | None:
-        """Return how it has ended, None while it has not."""
-        if self.look_for_result():
+        """Return how it had ended when the executor looked last, None if it had not."""
+        if self.has_result:
             outcome, result = self.job._get_outcome_and_result()
             if outcome == "success":
                 return result if isinstance(result, End) else None
@@ -244,11 +282,15 @@ def submit(step: Step, settings: Slurm, folder: Path, name: str) -> Any:
     submitter = Submitter(folder / "%j", max_num_timeout=settings.requeues)
     submitter.update_parameters(**sbatch_options(settings, step, name))
     step.save_seconds = max(settings.save_seconds - 10.0, settings.save_seconds / 2)
+    # Ctrl-C in a terminal reaches sbatch too, which would then end without the job's number
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, *SIGNALS])
     try:
         return submitter.submit(step)
     except FailedJobError as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise InputError(f"SLURM refuses {name}: {lines[-1].strip()}") from None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def sbatch_options(settings: Slurm, step: Step, name: str) -> dict[str, Any]:
@@ -272,9 +314,9 @@ def sbatch_options(settings: Slurm, step: Step, name: str) -> dict[str, Any]:
     return options | {key: value for key, value in given.items() if value}
 
 
-def in_queue() -> set[str] | None:
-    """Return the numbers of our jobs that wait, run or end; None where SLURM does not answer."""
-    command = ["squeue", "--me", "--noheader", "--format=%A"]
+def in_queue(name: str = "") -> set[str] | None:
+    """Return the numbers of our jobs (of one name) in the queue; None if SLURM does not answer."""
+    command = ["squeue", "--me", "--noheader", "--format=%A"] + [f"--name={name}"] * bool(name)
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,10 +1,11 @@
-"""Four commands of SLURM for one machine, enough to run real jobs without it.
+"""Five commands of SLURM for one machine, enough to run real jobs without it.
 
-    write_commands(folder)   puts sbatch, srun, squeue and scontrol into a folder for $PATH
+    write_commands(folder)   puts sbatch, srun, squeue, scontrol and scancel into a folder for $PATH
 
-``sbatch`` runs the script detached, as often as ``scontrol requeue`` asks; ``srun`` starts its
-command as task 0 of one machine (or as all tasks of several, which are all this one) and, as SLURM
-does, sends it the signals that the job gets. State: files in the folder.
+``sbatch`` runs the script detached, as often as ``scontrol requeue`` asks. While a file ``slow``
+is in the folder it does not answer, and while a file ``full`` is there jobs wait. ``srun`` starts
+its command as task 0 of one machine (or as all tasks of several, which are all this one) and, as
+SLURM does, sends it the signals that the job gets. State: files in the folder.
 """
 
 import os
@@ -14,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-COMMANDS = ("sbatch", "srun", "squeue", "scontrol")
+COMMANDS = ("sbatch", "srun", "squeue", "scontrol", "scancel")
 
 
 def write_commands(folder: Path) -> None:
@@ -40,11 +41,17 @@ def _sbatch(folder: Path, script: str) -> None:
     words = [sys.executable, __file__, str(folder), "run", number]
     (folder / f"{number}.alive").touch()
     with (folder / f"{number}.out").open("w") as out:
-        subprocess.Popen(words, start_new_session=True, stdout=out, stderr=out)
+        run = subprocess.Popen(words, start_new_session=True, stdout=out, stderr=out)
+    (folder / f"{number}.pid").write_text(str(run.pid))
+    while (folder / "slow").exists():
+        time.sleep(0.05)
     print(f"Submitted batch job {number}")
 
 
 def _run(folder: Path, number: str) -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])  # a job inherits nothing from sbatch
+    while (folder / "full").exists():
+        time.sleep(0.05)
     again = folder / f"{number}.again"
     for restart in range(9):
         environment = {**os.environ, "SLURM_JOB_ID": number, "SLURM_RESTART_COUNT": str(restart)}
@@ -57,7 +64,7 @@ def _run(folder: Path, number: str) -> None:
 
 def _srun(folder: Path, *words: str) -> None:
     number = os.environ["SLURM_JOB_ID"]
-    script = (folder / f"{number}.sh").read_text()
+    script = _script(folder, number)
     nodes = next(int(w.split("=")[1]) for w in script.split() if w.startswith("--nodes="))
     output = words[words.index("--output") + 1]
     command = words[words.index("--error") + 2 :]
@@ -80,7 +87,19 @@ def _srun(folder: Path, *words: str) -> None:
 
 
 def _squeue(folder: Path, *words: str) -> None:
-    print("\n".join(path.stem for path in folder.glob("*.alive")))
+    name = next((word.removeprefix("--name=") for word in words if "--name=" in word), "")
+    numbers = [path.stem for path in folder.glob("*.alive")]
+    script = "#SBATCH --job-name={}\n".format
+    print("\n".join(n for n in numbers if not name or script(name) in _script(folder, n)))
+
+
+def _script(folder: Path, number: str) -> str:
+    return (folder / f"{number}.sh").read_text()
+
+
+def _scancel(folder: Path, number: str) -> None:
+    os.killpg(int((folder / f"{number}.pid").read_text()), signal.SIGKILL)
+    (folder / f"{number}.alive").unlink()
 
 
 def _scontrol(folder: Path, verb: str, number: str) -> None:
@@ -90,6 +109,4 @@ def _scontrol(folder: Path, verb: str, number: str) -> None:
 
 if __name__ == "__main__":
     home, command_name, *arguments = sys.argv[1:]
-    {"sbatch": _sbatch, "run": _run, "srun": _srun, "squeue": _squeue, "scontrol": _scontrol}[
-        command_name
-    ](Path(home), *arguments)
+    globals()[f"_{command_name}"](Path(home), *arguments)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -15,8 +16,8 @@ import pytest
 from core.config import ROOT
 from core.errors import InputError
 from suite import slurm
-from suite.executors import Task
 from suite.launch import Place, launch
+from suite.local import Task
 from suite.schema import Slurm, load_suite
 from tests import fake_slurm
 
@@ -196,33 +197,38 @@ def test_a_suite_s_settings_are_checked(tmp_path: Path):
     assert suite.slurm == Slurm(hours=2.0, extra={"qos": "high"})
 
 
-def run_suite(tmp_path: Path, tool: Path) -> subprocess.Popen[str]:
-    """Start a suite of one pretraining on SLURM, in a process of its own."""
+def run_suite(tmp_path: Path, tool: Path, words: str = "[slow]") -> subprocess.Popen[str]:
+    """Start a suite of one pretraining on SLURM, in a process group of its own."""
     (tmp_path / "ce.yaml").write_text("{}")
     (tmp_path / "quick.yaml").write_text("{}")
     (tmp_path / "suite.yaml").write_text(
-        f"initialisations: {{ce: {{method: ce, config: {tmp_path}/ce.yaml, arguments: [slow]}}}}\n"
+        f"initialisations: {{ce: {{method: ce, config: {tmp_path}/ce.yaml, arguments: {words}}}}}\n"
         f"protocols: {{quick: {{config: {tmp_path}/quick.yaml, step: transfer}}}}\n"
     )
     (tmp_path / "run_transfer.py").write_text(TRANSFER)
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from pathlib import Path\nfrom suite.benchmark import benchmark\n"
-        f"sys.exit(benchmark({str(tmp_path / 'suite.yaml')!r}, {str(tmp_path / 'runs')!r}, "
-        f"executor='slurm', tools=Path({str(tool.parent)!r})))"
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r})\n"
+        "import _checkout\nfrom pathlib import Path\nimport report.html\n"
+        "from suite.benchmark import benchmark\n"
+        "report.html.render = lambda *_: 'page'\n"
+        f"_checkout.run(lambda: benchmark({str(tmp_path / 'suite.yaml')!r}, "
+        f"{str(tmp_path / 'runs')!r}, executor='slurm', tools=Path({str(tool.parent)!r})))"
     )
     return subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
 
 
 TRANSFER = """
-import json, pathlib, sys
+import hashlib, json, pathlib, sys
 words = sys.argv[1:]
 output = pathlib.Path(words[words.index("--output") + 1])
 output.mkdir(parents=True)
 row = dict(step="transfer", protocol="linear", dataset="d", split="test", metric="top1", value=1.0,
-    unit="%", init="ce", seed=1, weights="w", config="c", code="c")
+    unit="%", init="ce", seed=1, config="c", code="c")
+weights = pathlib.Path(words[words.index("--weights") + 1]).read_bytes()
+row["weights"] = hashlib.sha256(weights).hexdigest()
 (output / "results.jsonl").write_text(json.dumps(row))
 """
 
@@ -235,13 +241,14 @@ def test_a_suite_s_jobs_outlive_it_and_are_taken_up_again(
     wait_for(lambda: says(log, "at work"))
     first.terminate()
     said, _ = first.communicate(timeout=30)
-    assert "SLURM goes on with jobs 1000" in said
+    assert first.returncode == 75
+    assert "SLURM continues with jobs 1000" in said
     second = run_suite(tmp_path, tool)
     time.sleep(1)
     fake_slurm.warn(cluster, "1000")  # and it is queued again while the second looks on
     said, complained = second.communicate(timeout=90)
     assert second.returncode == 0, complained
-    assert "pretrain ce, seed 1: SLURM job 1000 is at it already" in said
+    assert "pretrain ce, seed 1: SLURM job 1000 runs it already" in said
     assert "quick ce, seed 1: started as SLURM job 1001" in said
     assert "--resume" in log.read_text()
     record = json.loads((tmp_path / "runs/jobs/pretrain--ce-s1.json").read_text())
@@ -249,12 +256,53 @@ def test_a_suite_s_jobs_outlive_it_and_are_taken_up_again(
     assert "| ce" in said
 
 
+def test_ctrl_c_during_sbatch_orphans_no_job_and_submits_none_again(
+    cluster: Path, tmp_path: Path, tool: Path
+):
+    (cluster / "slow").touch()
+    (cluster / "full").touch()
+    first = run_suite(tmp_path, tool, words="[]")
+    wait_for((cluster / "1000.pid").exists)
+    os.killpg(first.pid, signal.SIGINT)  # as a terminal does: sbatch gets it too
+    time.sleep(0.5)
+    (cluster / "slow").unlink()
+    said, _ = first.communicate(timeout=60)
+    assert "SLURM continues with jobs 1000" in said
+    (cluster / "full").unlink()
+    second = run_suite(tmp_path, tool, words="[]")
+    said, complained = second.communicate(timeout=90)
+    assert second.returncode == 0, complained
+    assert sorted(path.stem for path in cluster.glob("*.sh")) == ["1000", "1001"], said
+    assert "quick ce, seed 1: started as SLURM job 1001" in said
+
+
+def test_a_runner_killed_during_sbatch_leaves_no_job_beside_its_second(
+    cluster: Path, tmp_path: Path, tool: Path
+):
+    (cluster / "slow").touch()
+    (cluster / "full").touch()
+    first = run_suite(tmp_path, tool, words="[]")
+    wait_for((cluster / "1000.pid").exists)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate(timeout=60)
+    (cluster / "slow").unlink()
+    second = run_suite(tmp_path, tool, words="[]")
+    wait_for((cluster / "1001.pid").exists)
+    assert not (cluster / "1000.alive").exists()
+    (cluster / "full").unlink()
+    said, complained = second.communicate(timeout=90)
+    assert second.returncode == 0, complained
+    assert "pretrain ce, seed 1: started as SLURM job 1001" in said
+    assert (tmp_path / "runs/logs/pretrain--ce-s1.log").read_text().count("finished") == 1
+
+
 def test_a_job_that_vanishes_has_failed(cluster: Path, tmp_path: Path):
     executor = slurm.SlurmExecutor(Slurm(), tmp_path)
     words = [sys.executable, "-c", "import os, signal; os.kill(os.getppid(), signal.SIGKILL)"]
-    attempt = executor.start(Task("x", words, tmp_path, tmp_path / "log"), held=0)
+    task = Task("x", words, tmp_path, tmp_path / "log", tmp_path / "x.lock")
+    attempt = executor.start(task, print)
     while (end := attempt.ended()) is None:
         executor.wait()
     assert end.status == 1
     assert "SLURM job 1000 has ended without a result" in end.why
-    assert executor.again(Task("x", words, tmp_path, tmp_path / "log"), "SLURM job 999") is None
+    assert executor.again(task, "SLURM job 999") is None

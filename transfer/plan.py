@@ -12,11 +12,12 @@ from core import dist
 from core.config import load_config, to_dict
 from core.disk import Disk, Files, free_bytes
 from core.errors import InputError
+from core.identity import announcement, recipe_hash
 from core.progress import format_seconds
 from core.results import ROWS_FILE, read_rows
 from transfer import run
 from transfer.backbone import Backbone
-from transfer.config import TransferConfig
+from transfer.config import TransferConfig, recipe_of
 from transfer.protocols import Transfer
 
 OF_FEATURES = ("linear", "knn", "few_shot")  # methods that read features, computed once and cached
@@ -45,6 +46,8 @@ def plan(config: TransferConfig, backbone: Backbone, output: Path, resume: bool 
         )  # fmt: skip
         lines.append(f"trainings: {trainings} of {each} of {config.loop.batch_size} images")
     lines += [f"time: {expected_time(config, backbone.model.arch, output)}", f"disk: {disk(unit)}"]
+    recipes = [recipe_hash(recipe_of(config, method)) for method in unit.methods]
+    lines.append(announcement(recipes, unit.data, config.version))
     resolved = yaml.safe_dump(to_dict(config), sort_keys=False)
     return resolved + "\n".join(f"# {line}" for line in lines)
 

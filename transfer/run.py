@@ -11,6 +11,7 @@ from core.files import check_not_locked
 from core.identity import recipe_hash
 from core.results import ROWS_FILE, ResultRow, append_rows
 from data.catalogue import look_up
+from data.datasets import places_of
 from transfer.backbone import Backbone
 from transfer.config import TransferConfig, changed_keys, check, methods_of, recipe_of
 from transfer.data import open_splits
@@ -94,6 +95,7 @@ def _row(unit: Transfer, outcome: Outcome, details: dict[str, Any]) -> ResultRow
         "image_size": test.image_size,
         "train_images": len(unit.splits.train) + len(unit.splits.val or ()),
         "test_images": len(test),
+        "read_from": places_of([unit.splits.train, test]),
         "arch": backbone.model.arch,
         "pretrained_on": backbone.dataset,
         "pretrain_seed": backbone.seed,

@@ -1,14 +1,18 @@
-"""When will it be done? Expected times of jobs, and of a plan that runs several at once."""
+"""Expected time and disk of a suite: as its jobs have taken before, or as the suite declares."""
 
 import heapq
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from suite.plan import Job, Plan, kind_of
+from core.disk import GB, free_bytes, size
+from core.progress import format_seconds
+from suite.plan import Job, Plan
 from suite.records import Records
 
 
 class Clock:
-    """Expects the seconds of jobs: as they took before, as others of their kind, or as declared."""
+    """Expected seconds of jobs: as they took before, as others of their kind, or as declared."""
 
     def __init__(self, plan: Plan, records: Records) -> None:
         self.seconds: dict[str, float] = {}
@@ -21,13 +25,13 @@ class Clock:
     def note(self, job: Job, seconds: float) -> None:
         """Learn how long a job has taken."""
         self.seconds[job.name] = seconds
-        self.alike.setdefault(kind_of(job), []).append(seconds)
+        self.alike.setdefault(job.alike, []).append(seconds)
 
     def expect(self, job: Job) -> float | None:
         """Return the expected seconds of a job, None where nothing is known of its like."""
         if job.name in self.seconds:
             return self.seconds[job.name]
-        alike = self.alike.get(kind_of(job))
+        alike = self.alike.get(job.alike)
         if alike:
             return sum(alike) / len(alike)
         return 60 * job.minutes if job.minutes else None
@@ -47,18 +51,37 @@ class Clock:
             return "--:--"
         waiting, under_way, now = list(jobs), list[tuple[float, str]](), 0.0
         while waiting or under_way:
-            unsettled = {job.name for job in waiting} | {name for _, name in under_way}
-            ready = [job for job in waiting if job.needs not in unsettled]
+            open_jobs = {job.name for job in waiting} | {name for _, name in under_way}
+            ready = [job for job in waiting if job.needs not in open_jobs]
             for job in ready[: slots - len(under_way)]:
                 rest = (self.expect(job) or 0.0) - (passed or {}).get(job.name, 0.0)
                 heapq.heappush(under_way, (now + max(rest, 0.0), job.name))
                 waiting.remove(job)
             now, _ = heapq.heappop(under_way)
-        return ("≥ " if len(known) < len(jobs) else "") + clock_time(now)
+        return ("≥ " if len(known) < len(jobs) else "") + format_seconds(now)
 
 
-def clock_time(seconds: float) -> str:
-    """Return seconds as ``2:03`` or ``1:02:03``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+def expected_disk(plan: Plan, jobs: Sequence[Job], records: Records) -> str:
+    """Return the gigabytes that jobs will write beside what is free; "≥" where some are unknown."""
+    measured: dict[str, list[int]] = {}
+    for job in plan.jobs:
+        record = records.read(job)
+        if record is not None and record.state == "done":
+            measured.setdefault(job.alike, []).append(written(job.output))
+    total, unknown = 0.0, 0
+    for job in jobs:
+        alike = measured.get(job.alike)
+        total += sum(alike) / len(alike) if alike else GB * job.gigabytes
+        unknown += not alike and not job.gigabytes
+    free = f"{size(free_bytes(plan.root))} free"
+    if jobs and unknown == len(jobs):
+        return f"not known, {free}"
+    return f"{'≥ ' if unknown else ''}{size(total)}, {free}"
+
+
+def written(output: Path) -> int:
+    """Return the bytes of a file, or of all files below a folder."""
+    if output.is_file():
+        return output.stat().st_size
+    files = (Path(folder) / name for folder, _, names in os.walk(output) for name in names)
+    return sum(file.lstat().st_size for file in files)
