@@ -41,7 +41,7 @@ class Request:
     baseline: str = "ce"
     resamples: int = 1000
     seed: int = 0
-    output: str = ""  # folder of bootstrap.jsonl; "": the first of the runs
+    output: str | Path | None = None  # folder of bootstrap.jsonl; None: the first of the runs
 
 
 @dataclasses.dataclass(frozen=True)

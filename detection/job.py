@@ -38,7 +38,7 @@ class Request:
 
     config: str = ""
     weights: str = ""
-    output: str | Path = ""
+    output: str | Path | None = None
     init: str = ""
     seed: int | None = None
     num_gpus: int | None = None

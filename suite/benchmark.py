@@ -22,7 +22,7 @@ EXECUTORS = ("local", "slurm")
 
 def benchmark(
     config: str,
-    output: str = "",
+    output: str | Path | None = None,
     only: str = "",
     seeds: str = "",
     format: str = "markdown",
@@ -36,7 +36,7 @@ def benchmark(
 
     Args:
         config: the suite, as given or under ``configs/suites``.
-        output: folder of the suite; "": ``runs/<its name>``.
+        output: folder of the suite; None: ``runs/<its name>``.
         only: comma-separated initialisations, protocols or cells; "": all.
         seeds: comma-separated, in place of the suite's; "": the suite's.
         format: of the printed tables, as in ``report.formats.write``.

@@ -19,7 +19,7 @@ from suite.schema import Suite, table_options
 
 def rebuild(
     runs: Sequence[str],
-    output: str = "",
+    output: str | Path | None = None,
     title: str = "",
     baseline: str = "",
     columns: str = "",
@@ -31,7 +31,7 @@ def rebuild(
 
     Args:
         runs: run folders, or folders of them, such as a suite's.
-        output: folder to write to; "": the first of ``runs``.
+        output: folder to write to; None: the first of ``runs``.
         title, baseline, columns, images, score: in place of the first suite's settings; columns
             are comma-separated.
         format: of the printed tables, as in ``report.formats.write``.

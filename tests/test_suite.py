@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -827,6 +828,14 @@ def test_a_published_protocol_brings_its_hours_where_it_is_unchanged():
     assert hours("gpus", "4") == 52.0
     assert hours("gpus", "0") == 0.0
     assert hours("protocols.mask_rcnn_R50_C4_1x.overrides.SOLVER.MAX_ITER", "10") == 0.0
+
+
+@pytest.mark.parametrize("tool", ["benchmark", "compare runs", "make_report runs", "train_net"])
+def test_without_output_a_tool_chooses_the_folder(tool: str, monkeypatch: pytest.MonkeyPatch):
+    name, *words = tool.split()
+    monkeypatch.setattr(sys, "path", [str(ROOT / "tools"), *sys.path])
+    parser = runpy.run_path(str(ROOT / "tools" / f"{name}.py"))["parser"]()
+    assert not parser.parse_args(words).output  # Path("") would be true, and the present folder
 
 
 @pytest.mark.parametrize("tool", sorted(p.name for p in (ROOT / "tools").glob("[a-z]*.py")))

@@ -23,7 +23,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--output",
         type=_checkout.folder,
-        default="",
         help="folder of the suite; default: runs/<its name>",
     )
     p.add_argument("--only", default="", metavar="A,B", help="initialisations, protocols, cells")

@@ -24,7 +24,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--output",
         type=_checkout.folder,
-        default="",
         help="folder for bootstrap.jsonl; default: the first",
     )
     return p

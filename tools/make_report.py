@@ -20,7 +20,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--output",
         type=_checkout.folder,
-        default="",
         help="folder to write to; default: the first of RUNS",
     )
     p.add_argument("--title", default="")

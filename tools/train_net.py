@@ -17,7 +17,7 @@ def add_run_options(p: argparse.ArgumentParser) -> None:
     """Add what describes a run: config, weights, hardware, data, overrides."""
     p.add_argument("--config", "--config-file", default="", help="YAML, as given or under configs/")
     p.add_argument("--weights", default="", help="backbone: ckpt_d2.pth, or raw (then converted)")
-    p.add_argument("--output", type=_checkout.folder, default="", help="run folder (OUTPUT_DIR)")
+    p.add_argument("--output", type=_checkout.folder, help="run folder (OUTPUT_DIR)")
     p.add_argument("--init", default="", help="name of the initialisation in the result rows")
     p.add_argument("--seed", type=int, help="of this trial (SEED)")
     p.add_argument("--num-gpus", type=int, help="per machine; 0 runs on CPU")
