@@ -7,7 +7,6 @@ machine slows both alike.
 """
 
 import ctypes
-import dataclasses
 import math
 import statistics
 import time
@@ -16,170 +15,156 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import amp
 from models.resnet import create_model
 from pretrain import losses
-from pretrain.attention import bank_instance_loss
-from pretrain.memory import MemoryBank
-from pretrain.objectives import CTC
+from pretrain.bank_loss import instance_loss
+from pretrain.objectives import CTC, InstanceTerm, PreservationTerm
 from pretrain.recipe import CTCConfig, StageConfig
-from pretrain.terms import BankOptions, PreservationOptions, PreservationTerm
 from training.loop import Hooks, LoopConfig, Trainer
 
 B, D, TAU, CLASSES = 64, 128, 0.1, 100
+IMAGES, NEGATIVES = 50_000, 16_384  # N and K of stage 2: CIFAR-100's
 Measured = tuple[float, float, list[str]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Of a stage-2 measurement: CIFAR-100's."""
-
-    images: int = 50_000  # N
-    negatives: int = 16_384  # K
-    repeats: int = 9
-
-
-def stage2(sizes: Sizes | None = None) -> Measured:
+def stage2(images: int = IMAGES, negatives: int = NEGATIVES, repeats: int = 9) -> Measured:
     """Forward, backward and bank update of L_IPS; negatives of each image's own."""
-    return _stage2(sizes or Sizes(), shared=False)
+    return _stage2("per_sample", images, negatives, repeats)
 
 
-def stage2_shared(sizes: Sizes | None = None) -> Measured:
+def stage2_shared(images: int = IMAGES, negatives: int = NEGATIVES, repeats: int = 9) -> Measured:
     """The same with negatives that the batch shares; the baseline still gathers per image."""
-    return _stage2(sizes or Sizes(), shared=True)
+    return _stage2("shared", images, negatives, repeats)
 
 
-def _stage2(sizes: Sizes, shared: bool) -> Measured:
+def _stage2(mode: str, images: int, negatives: int, repeats: int) -> Measured:
     """Baseline: each image's K + 1 rows gathered from both banks, as the released code does."""
-    problem = Preservation(sizes, shared)
-    exact = problem.exact_loss()
-    values = []
-    for way in (lambda: problem.ours(0), problem.gathered, problem.dense):
-        problem.restore()
-        values.append(way())
-    seconds = in_turns(
-        [problem.gathered, problem.dense, lambda: problem.ours(0)], sizes.repeats, ours_times=3
+    config = CTCConfig(tau2=TAU, num_negatives=negatives, negatives=mode)
+    batch = Batch(config, images)
+    listed = batch.term.draw(batch.labels, 0).listed()
+    contrasted = torch.cat([batch.index[:, None], listed], dim=1)  # B×(K+1)
+    batch.step()  # fixes Z
+    ways: dict[str, Callable[[], float]] = {
+        "gathered": lambda: batch.step(plain_loss(batch.term, contrasted)),
+        "B×N product": lambda: batch.step(plain_loss(batch.term, contrasted, multiply_all)),
+        "ours": batch.step,
+    }
+    before = [bank.storage.clone() for bank in batch.banks]
+    exact = batch.exact_loss(contrasted)
+    errors = []
+    for name, way in ways.items():
+        errors.append(f"{name} {abs(way() / exact - 1):.1e}")
+        for bank, rows in zip(batch.banks, before, strict=True):  # undo the update
+            bank.storage.copy_(rows)
+    (baseline, base_median), (product, _), (ours, median) = in_turns(
+        list(ways.values()), repeats, 3
     )
-    (baseline, _), (dense, _), (ours, _) = seconds
-    names = ("ours", "gathered", "B×N product")
-    errors = ", ".join(
-        f"{name} {abs(value / exact - 1):.1e}" for name, value in zip(names, values, strict=True)
-    )
-    lines = [
-        f"L_IPS, nce, N {sizes.images}, K {sizes.negatives}, B {B}, D {D}, "
-        f"{'shared' if shared else 'per-sample'} negatives, {torch.get_num_threads()} threads",
+    return baseline, ours, [
+        f"L_IPS, nce, N {images}, K {negatives}, B {B}, D {D}, {mode} negatives, "
+        f"{torch.get_num_threads()} threads",
         "baseline: rows gathered per image; its negatives are given, ours are drawn in the step",
-        f"loss {exact:.6f} in float64; relative error in float32: {errors}",
-        f"B×N product and a gather of its entries: {dense:.3g} s, {baseline / dense:.1f}×",
-        f"medians: baseline {seconds[0][1]:.3g} s, ours {seconds[2][1]:.3g} s",
-    ]
-    return baseline, ours, lines
+        f"loss {exact:.6f} in float64; relative error in float32: {', '.join(errors)}",
+        f"B×N product and a gather of its entries: {product:.3g} s, {baseline / product:.1f}×",
+        f"medians: baseline {base_median:.3g} s, ours {median:.3g} s",
+    ]  # fmt: skip
 
 
-class Preservation:
-    """One stage-2 step on random embeddings, computed three ways."""
+class Batch:
+    """A stage-2 term with a batch of random embeddings."""
 
-    def __init__(self, sizes: Sizes, shared: bool) -> None:
+    def __init__(self, config: CTCConfig, images: int) -> None:
         torch.manual_seed(0)
-        self.sizes = sizes
-        labels = torch.arange(sizes.images) % CLASSES
+        labels = torch.arange(images) % CLASSES
         stub: Any = nn.Linear(1, 1)
         stub.num_features = 1
-        options = PreservationOptions(TAU, negatives=sizes.negatives, shared=shared)
-        self.term = PreservationTerm(stub, labels, options, BankOptions(sizes.images))
-        self.index = torch.randperm(sizes.images)[:B]
-        self.labels = labels[self.index]
-        self.v, self.t = (F.normalize(torch.randn(B, D), dim=1) for _ in range(2))
+        self.term = PreservationTerm(stub, labels, config)
         self.banks = (self.term.frozen_bank, self.term.bank)  # that v and t are contrasted with
-        self.before = [bank.storage.clone() for bank in self.banks]
-        (windows,) = self.term.drawer.draw(0, self.index, self.labels, self.term.groups)
-        self.contrast = torch.cat([self.index[:, None], windows.listed()], dim=1)  # B×(K+1)
-        self.ours(0)  # fixes Z
-        self.restore()
+        self.index = torch.randperm(images)[:B]
+        self.labels = labels[self.index]
+        self.v, self.t = unit(B), unit(B)
 
-    def restore(self) -> None:
-        """Undo the bank updates."""
-        for bank, rows in zip(self.banks, self.before, strict=True):
-            bank.storage.copy_(rows)
-
-    def ours(self, step: int) -> float:
+    def step(self, loss: Callable[..., Tensor] | None = None) -> float:
+        """Do forward, backward and bank update of the term's or another loss; return its value."""
         v, t = self.v.clone().requires_grad_(), self.t.clone().requires_grad_()
-        loss = self.term.contrast(v, t, self.labels, self.index, step)
-        loss.backward()
+        value = (loss or self.term.loss)(v, t, self.labels, self.index, 0)
+        value.backward()
         self.term.update()
-        return float(loss.detach())
+        return float(value.detach())
 
-    def gathered(self) -> float:
-        """Gather B×(K+1) rows of D numbers, multiply each image with its own."""
-        return self._plain(
-            lambda e, rows: torch.bmm(
-                rows.index_select(0, self.contrast.flatten()).view(B, -1, D), e[:, :, None]
-            )[:, :, 0]
-        )
-
-    def dense(self) -> float:
-        """Multiply with all rows, gather B×(K+1) numbers."""
-        return self._plain(lambda e, rows: (e @ rows.T).gather(1, self.contrast))
-
-    def _plain(self, similarities: Callable[[Tensor, Tensor], Tensor]) -> float:
-        v, t = self.v.clone().requires_grad_(), self.t.clone().requires_grad_()
-        share, total = self.sizes.negatives / self.sizes.images, torch.zeros(())
-        for embedding, bank, log_z in zip((v, t), self.banks, self.term.log_z, strict=True):
-            p = (similarities(embedding, bank.rows) / TAU).exp() / log_z.exp()
-            positive = -torch.log(p[:, 0] / (p[:, 0] + share + 1e-7))
-            negative = -torch.log(share / (p[:, 1:] + share + 1e-7)).sum(dim=1)
-            total = total + (positive + negative).mean()
-        total.backward()
-        self.banks[1].update(self.index, v)
-        self.banks[0].update(self.index, t)
-        return float(total.detach())
-
-    def exact_loss(self) -> float:
+    def exact_loss(self, contrasted: Tensor) -> float:
         """Return the loss in float64, image by image."""
-        share, total = self.sizes.negatives / self.sizes.images, 0.0
-        for embedding, bank, log_z in zip(
-            (self.v, self.t), self.banks, self.term.log_z, strict=True
-        ):
-            for image in range(B):
-                rows = bank.rows[self.contrast[image]].double()
-                similar = (rows @ embedding[image].double() / TAU)[None]
-                value = losses.nce_loss(similar[:, 0], similar[:, 1:], log_z.double(), share)
-                total += float(value) / B
+        return sum(
+            float(
+                losses.preservation_loss(
+                    e[None].double(), bank.rows.double(), row[None], TAU, log_z=z.double(),
+                    share=(len(row) - 1) / bank.images,
+                )
+            ) / B
+            for embedding, bank, z in zip((self.v, self.t), self.banks, self.term.log_z)
+            for e, row in zip(embedding, contrasted)
+        )  # fmt: skip
+
+
+def gather_rows(embedding: Tensor, rows: Tensor, contrasted: Tensor) -> Tensor:
+    """Gather B×(K+1) rows of D numbers, multiply each image with its own."""
+    gathered = rows.index_select(0, contrasted.flatten()).view(len(embedding), -1, D)
+    return torch.bmm(gathered, embedding[:, :, None])[:, :, 0]
+
+
+def multiply_all(embedding: Tensor, rows: Tensor, contrasted: Tensor) -> Tensor:
+    """Multiply with all rows, gather B×(K+1) numbers."""
+    return (embedding @ rows.T).gather(1, contrasted)
+
+
+def plain_loss(
+    term: PreservationTerm, contrasted: Tensor, similarities: Any = gather_rows
+) -> Callable[..., Tensor]:
+    """Return a stand-in for ``term.loss`` in the released code's form, on given negatives."""
+
+    def loss(v: Tensor, t: Tensor, labels: Tensor, index: Tensor, step: int) -> Tensor:
+        share, total = (contrasted.shape[1] - 1) / term.images, torch.zeros(())
+        banks = (term.frozen_bank, term.bank)
+        for embedding, bank, log_z in zip((v, t), banks, term.log_z, strict=True):
+            p = (similarities(embedding, bank.rows, contrasted) / TAU).exp() / log_z.exp()
+            total = total - torch.log(p[:, 0] / (p[:, 0] + share + 1e-7)).mean()
+            total = total - torch.log(share / (p[:, 1:] + share + 1e-7)).sum(dim=1).mean()
+        term._seen = (index, v.detach(), t.detach())
         return total
+
+    return loss
 
 
 def stage1(images: int = 400_000, repeats: int = 5) -> Measured:
     """L_IAS and its gradient; baseline: B×N logits and autograd."""
     torch.manual_seed(0)
-    rows, embedding = _unit(images), _unit(B)
+    rows, embedding = unit(images), unit(B)
     index = torch.randint(images, (B,))
 
-    def ours() -> tuple[float, Tensor]:
-        u = embedding.clone().requires_grad_()
-        loss = bank_instance_loss(u, rows[index], rows, TAU).mean()
-        return float(loss.detach()), torch.autograd.grad(loss, u)[0]
+    def measured(loss: Callable[[Tensor], Tensor]) -> Callable[[], tuple[float, Tensor]]:
+        def run() -> tuple[float, Tensor]:
+            u = embedding.clone().requires_grad_()
+            value = loss(u).mean()
+            return float(value.detach()), torch.autograd.grad(value, u)[0]
 
-    def materialised() -> tuple[float, Tensor]:
-        u = embedding.clone().requires_grad_()
-        loss = losses.instance_loss(u, rows, index, TAU).mean()
-        return float(loss.detach()), torch.autograd.grad(loss, u)[0]
+        return run
 
-    bank_instance_loss(embedding, rows[:B], rows[:1000], TAU)  # warms the libraries up
+    ours = measured(lambda u: instance_loss(u, rows[index], rows, TAU))
+    materialised = measured(lambda u: losses.instance_loss(u, rows, index, TAU))
+    instance_loss(embedding, rows[:B], rows[:1000], TAU)  # warms the libraries up
     our_peak, base_peak = peak_extra_bytes(ours), peak_extra_bytes(materialised)
     (value, gradient), (expected, expected_gradient) = ours(), materialised()
     error = float((gradient - expected_gradient).norm() / expected_gradient.norm())
-    (baseline, base_median), (best, median) = in_turns([materialised, ours], repeats, ours_times=2)
-    lines = [
+    (baseline, base_median), (best, median) = in_turns([materialised, ours], repeats, 2)
+    return baseline, best, [
         f"L_IAS, N {images}, B {B}, D {D}, {torch.get_num_threads()} threads",
         f"loss {value:.6f}, materialised {expected:.6f}; gradient differs by {error:.1e}",
         f"peak extra memory: baseline {base_peak / 2**20:.0f} MiB, ours {our_peak / 2**20:.1f} MiB "
         f"({100 * our_peak / max(base_peak, 1):.1f}%)",
         f"medians: baseline {base_median:.3g} s, ours {median:.3g} s",
-    ]
-    return baseline, best, lines
+    ]  # fmt: skip
 
 
 def stage1_imagenet() -> Measured:
@@ -187,7 +172,7 @@ def stage1_imagenet() -> Measured:
     return stage1(1_281_167, 3)
 
 
-def whole_step(images: int = 50_000, repeats: int = 5) -> Measured:
+def whole_step(images: int = IMAGES, repeats: int = 5) -> Measured:
     """A training step of stage 2: ResNet-18 with the CIFAR stem, the loop's own code.
 
     Baseline: the same step, whose L_IPS gathers rows per image. Both in the precision and memory
@@ -198,33 +183,30 @@ def whole_step(images: int = 50_000, repeats: int = 5) -> Measured:
     in_float32, _, _ = _step_of(images, "none", channels_last=False)
     step()  # fixes Z
     in_float32()
-    kernel = term.contrast
-    plain = gathering_contrast(term, images)
+    kernel, others = term.loss, torch.randint(images, (B, NEGATIVES + 1))
 
     def baseline() -> None:
-        term.contrast = plain  # type: ignore[method-assign]
+        term.loss = plain_loss(term, others)  # type: ignore[method-assign]
         step()
-        term.contrast = kernel  # type: ignore[method-assign]
+        term.loss = kernel  # type: ignore[method-assign]
 
     baseline()
     (slow, _), (fast, _), (float32, _) = in_turns([baseline, step, in_float32], repeats)
     seconds.clear()
     for _ in range(repeats):
         step()
-    parts = {name: min(values) for name, values in seconds.items()}
-    shares = ", ".join(f"{name} {value:.3g} s" for name, value in parts.items())
-    lines = [
-        f"ResNet-18 (CIFAR stem), B {B} at 32 px, N {images}, K 16384, {precision}, channels_last, "
-        f"{torch.get_num_threads()} threads",
+    shares = ", ".join(f"{name} {min(values):.3g} s" for name, values in seconds.items())
+    return slow, fast, [
+        f"ResNet-18 (CIFAR stem), B {B} at 32 px, N {images}, K {NEGATIVES}, {precision}, "
+        f"channels_last, {torch.get_num_threads()} threads",
         f"of our step: {shares}; the rest is the student's backward pass and the optimiser",
         f"our step in float32, without channels_last: {float32:.3g} s, {float32 / fast:.1f}×",
-    ]
-    return slow, fast, lines
+    ]  # fmt: skip
 
 
 def _step_of(
     images: int, precision: str, channels_last: bool = True
-) -> tuple[Callable[[], None], PreservationTerm, dict[str, list[float]]]:
+) -> tuple[Callable[[], Any], PreservationTerm, dict[str, list[float]]]:
     """Return a stage-2 step of the training loop, its L_IPS, and where parts are timed."""
     torch.manual_seed(0)
     labels = torch.arange(images) % CLASSES
@@ -238,95 +220,45 @@ def _step_of(
     term: Any = objective.term
     batch, index = torch.randn(B, 3, 32, 32), torch.randperm(images)[:B]
     seconds: dict[str, list[float]] = {}
-    _time(term, "_frozen_features", "frozen network", seconds)
+    _time(term, "frozen_features", "frozen network", seconds)
     _time(objective.model, "forward_features", "student forward", seconds)
-    _time(term, "contrast", "L_IPS", seconds)
+    _time(term, "loss", "L_IPS", seconds)
     _time(term, "update", "bank update", seconds)
-    return lambda: _do(trainer, batch, labels[index], index, position), term, seconds
-
-
-def _do(trainer: Trainer, *step: Any) -> None:
-    images, labels, index, position = step
-    trainer.step(images, labels, index, 0.005, position)
+    return lambda: trainer.step(batch, labels[index], index, 0.005, position), term, seconds
 
 
 def _time(owner: Any, name: str, label: str, seconds: dict[str, list[float]]) -> None:
     function = getattr(owner, name)
 
-    def timed(*arguments: Any, **options: Any) -> Any:
+    def timed(*arguments: Any) -> Any:
         started = time.perf_counter()
-        result = function(*arguments, **options)
+        result = function(*arguments)
         seconds.setdefault(label, []).append(time.perf_counter() - started)
         return result
 
     setattr(owner, name, timed)
 
 
-def gathering_contrast(term: Any, images: int) -> Callable[..., Tensor]:
-    """Return a stand-in for ``term.contrast`` that gathers K + 1 rows per image."""
-    negatives = term.options.negatives
-    others = torch.randint(images, (B, negatives))
-
-    def contrast(v: Tensor, t: Tensor, labels: Tensor, index: Tensor, step: int) -> Tensor:
-        contrasted = torch.cat([index[:, None], others], dim=1)
-        total = torch.zeros(())
-        for embedding, bank, log_z in zip(
-            (v, t), (term.frozen_bank, term.bank), term.log_z, strict=True
-        ):
-            rows = bank.rows.index_select(0, contrasted.flatten()).view(B, -1, D)
-            similar = torch.bmm(rows, embedding[:, :, None])[:, :, 0] / TAU
-            p = similar.exp() / log_z.exp()
-            share = negatives / images
-            total = total - torch.log(p[:, 0] / (p[:, 0] + share + 1e-7)).mean()
-            total = total - torch.log(share / (p[:, 1:] + share + 1e-7)).sum(dim=1).mean()
-        term._seen = (index, v.detach(), t.detach())
-        return total
-
-    return contrast
-
-
-def bank_dtype(images: int = 50_000, repeats: int = 5) -> Measured:
+def bank_dtype(images: int = IMAGES, repeats: int = 5) -> Measured:
     """L_IAS and L_IPS with the bank in bf16 and fp16: the change of the loss, and of the time.
 
     The ratio is float32's time for L_IPS over bf16's.
     """
-    torch.manual_seed(0)
-    labels = torch.arange(images) % CLASSES
-    index = torch.randperm(images)[:B]
-    filled, u, v, t = _unit(images), *(_unit(B) for _ in range(3))
-    lines = [f"N {images}, K 16384, B {B}, D {D}; loss, its change against fp32, seconds of L_IPS"]
+    lines = [f"N {images}, K {NEGATIVES}, B {B}, D {D}; loss, its change, seconds of L_IPS"]
     seconds: dict[str, float] = {}
-    reference: tuple[float, float] | None = None
+    reference: list[float] = []
     for dtype in ("fp32", "bf16", "fp16"):
-        stub: Any = nn.Linear(1, 1)
-        stub.num_features = 1
-        options, bank_options = PreservationOptions(TAU), BankOptions(images, dtype)
-        term = PreservationTerm(stub, labels, options, bank_options)
-        for bank in (term.bank, term.frozen_bank):
+        batch = Batch(CTCConfig(bank_dtype=dtype), images)
+        instance = InstanceTerm(1, images, batch.term.config)
+        filled = unit(images)
+        for bank in (*batch.banks, instance.bank):
             bank.rows.copy_(filled)
-        instance = MemoryBank(images, D, 0.9, dtype=dtype)
-        instance.rows.copy_(filled)
-        ias = bank_instance_loss(u, instance.sample(index), instance.rows, TAU).mean()
-        run = _contrast_of(term, (v, t), labels[index], index)
-        ips = run()
-        values = (float(ias), ips)
+        values = [float(instance.loss(batch.v, batch.index).detach()), batch.step()]
         reference = reference or values
-        ((seconds[dtype], _),) = in_turns([run], repeats)
+        ((seconds[dtype], _),) = in_turns([batch.step], repeats)
         changes = [f"{x:.5f} ({x - r:+.1e})" for x, r in zip(values, reference, strict=True)]
         lines.append(f"{dtype}: L_IAS {changes[0]}, L_IPS {changes[1]}, {seconds[dtype]:.3g} s")
     return seconds["fp32"], seconds["bf16"], lines
-
-
-def _contrast_of(
-    term: PreservationTerm, embeddings: tuple[Tensor, Tensor], labels: Tensor, index: Tensor
-) -> Callable[[], float]:
-    def run() -> float:
-        v, t = (e.clone().requires_grad_() for e in embeddings)
-        loss = term.contrast(v, t, labels, index, 0)
-        loss.backward()
-        return float(loss.detach())
-
-    return run
 
 
 def in_turns(
@@ -360,6 +292,7 @@ def peak_extra_bytes(function: Callable[[], Any]) -> float:
     return float(field("VmHWM:") - before)
 
 
-def _unit(count: int) -> Tensor:
+def unit(count: int) -> Tensor:
+    """Return random rows of length 1, count×D."""
     rows = torch.randn(count, D)
     return rows.div_(rows.norm(dim=1, keepdim=True))

@@ -9,7 +9,7 @@ Everything is per rank and step, beside what cross-entropy needs. Nothing here i
 import dataclasses
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-FLOAT, INDEX, GROUP = 4, 8, 4  # bytes of an embedding's number, an image's number, a group
+FLOAT, INDEX, GROUP = 4, 8, 4  # bytes of an embedding's number, an image's number, a row's class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Setting:
     sharded: bool = False
     dim: int = 128  # D
     negatives: int = 65_536  # K
-    pool: int = 262_144  # P, rows that a step's negatives come from
+    pool: int = 262_144  # P = 4 K, rows that a step's negatives come from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,17 +58,23 @@ def preservation_cost(s: Setting) -> Cost:
     """Count stage 2, without the frozen network: both banks, both directions.
 
     On a GPU all P rows of the pool are multiplied with all images that the rank sees; on a CPU
-    only the K that each is contrasted with.
+    only the stretch that each takes its K from. Replicated: index and embedding of the other ranks'
+    images come once for each bank, for the update. Sharded: also own rows and sums (twice each, as
+    sums over ranks), v, t and labels, and the classes of the pool.
     """
     rows, seen = _rows(s), s.batch * (s.ranks if s.sharded else 1)
-    pool = min(s.pool, s.images) / (s.ranks if s.sharded else 1)
+    pool = min(s.pool, s.images)
     others = (s.ranks - 1) * s.batch
-    units = 12 if s.sharded else 2
+    held = pool / s.ranks if s.sharded else pool
+    of_image, of_pool = 2 * s.dim * FLOAT + 2 * INDEX, 0.0
+    if s.sharded:
+        of_image = 12 * s.dim * FLOAT + 5 * INDEX + 4 * FLOAT
+        of_pool = 2 * GROUP * pool * (s.ranks - 1) / s.ranks
     return Cost(
         memory=rows * (2 * s.dim * BYTES[s.dtype] + GROUP),
-        read=2 * pool * s.dim * BYTES[s.dtype],
-        received=others * (units * s.dim * FLOAT + (8 if s.sharded else 2) * INDEX),
-        flops=8.0 * seen * pool * s.dim,
+        read=2 * held * s.dim * BYTES[s.dtype],
+        received=others * of_image + of_pool,
+        flops=8.0 * seen * held * s.dim,
     )
 
 

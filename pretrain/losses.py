@@ -4,7 +4,7 @@ Shapes: B images, N training images = bank rows, K negatives, D embedding.
 Symbols of CTC (arXiv 2203.03871 and its released code): u, v, t L2-normalised embeddings, M a
 memory bank, τ a temperature, Z a normalisation constant, c = K/N the noise share.
 
-These are what the fast kernels (``pretrain.attention``, ``pretrain.contrast``) must equal.
+``pretrain.bank_loss`` computes the same without the B×N and B×K tensors.
 """
 
 import torch
@@ -15,16 +15,16 @@ NCE_EPSILON = 1e-7  # ε of the released code, added to P + c
 ESTIMATORS = ("nce", "infonce")
 
 
-def instance_loss(embedding: Tensor, rows: Tensor, index: Tensor, temperature: float) -> Tensor:
+def instance_loss(embedding: Tensor, rows: Tensor, index: Tensor, tau1: float) -> Tensor:
     """Return L_IAS per image, B: −log softmax of the image's own row among all bank rows.
 
     Materialises the B×N logits. The bank gets no gradient. Source: stage 1 of CTC.
 
     Args:
         embedding: u, B×D, L2-normalised. rows: M, N×D. index: B, the images' rows in 0..N-1.
-        temperature: τ1, above 0.
+        tau1: above 0.
     """
-    logits = embedding @ rows.detach().T / temperature  # B×N
+    logits = embedding @ rows.detach().T / tau1  # B×N
     return F.cross_entropy(logits, index, reduction="none")
 
 
@@ -32,7 +32,7 @@ def preservation_loss(
     embedding: Tensor,
     rows: Tensor,
     contrast_index: Tensor,
-    temperature: float,
+    tau2: float,
     *,
     estimator: str = "nce",
     log_z: Tensor | float = 0.0,
@@ -45,10 +45,10 @@ def preservation_loss(
     Args:
         embedding: v (or t), B×D, L2-normalised. rows: M^t (or M^v), N×D, no gradient.
         contrast_index: B×(K+1) bank rows, column 0 the positive.
-        temperature: τ2, above 0.
+        tau2: above 0.
         log_z: log Z of this direction (``nce``). share: c = K/N, a number or B (``nce``).
     """
-    similarity = contrast_similarity(embedding, rows, contrast_index) / temperature  # B×(K+1)
+    similarity = contrast_similarity(embedding, rows, contrast_index) / tau2  # B×(K+1)
     positive, negatives = similarity[:, 0], similarity[:, 1:]
     if estimator == "nce":
         return nce_loss(positive, negatives, log_z, share)

@@ -1,7 +1,7 @@
-"""Memory banks: one embedding per training image, whole on every rank or cut over the ranks.
+"""Memory banks: one embedding per training image, whole on every rank or sharded over the ranks.
 
 Shapes: N images, B images a rank and step, D embedding, W ranks. Of a sharded bank rank r holds
-the ⌈(N − r)/W⌉ rows r, r + W, r + 2W, …: a data set sorted by class spreads evenly.
+the rows r, r + W, r + 2W, …: a data set sorted by class spreads evenly.
 """
 
 import math
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core import dist
-from pretrain.negatives import hashed
+from core.seeds import mixed_array
 
 DTYPES = {
     "fp32": torch.float32,
@@ -30,7 +30,7 @@ class MemoryBank(nn.Module):
 
     Rows start uniform in ±1/sqrt(D/3), so of norm about 1 but not normalised, as in the released
     code. They are a function of the seed and the row alone: a shard holds the very rows that the
-    whole bank would. Rows are stored in ``dtype`` and handed out in float32 (float64 stays).
+    whole bank would. Rows are stored in ``dtype`` and returned in float32 (float64 stays).
 
     ``sample`` and ``update`` are collective over the ranks. A state dict holds all N rows whether
     the bank is sharded or not; of a sharded bank every rank must ask for it at the same time, and
@@ -70,17 +70,17 @@ class MemoryBank(nn.Module):
 
     @property
     def rows(self) -> Tensor:
-        """This rank's rows as stored; all N×D of a bank that is whole."""
+        """This rank's rows as stored; all N×D unless the bank is sharded."""
         return self.storage[: self.held]
 
     def sample(self, index: Tensor) -> Tensor:
         """Return the rows of B images, B×D, from whichever rank holds them."""
         if not self.sharded:
-            return _wide(self.storage.index_select(0, index))
+            return _at_least_float32(self.storage.index_select(0, index))
         everyone = dist.gather_rows(index)  # W·B
         local, owned = self._locate(everyone)
-        found = _wide(self.storage.index_select(0, local)) * owned[:, None]
-        first = self.rank * len(index)
+        found = _at_least_float32(self.storage.index_select(0, local)) * owned[:, None]
+        first = dist.rank() * len(index)
         return dist.all_sum(found)[first : first + len(index)]
 
     @torch.no_grad()
@@ -97,12 +97,12 @@ class MemoryBank(nn.Module):
         index, embedding = dist.gather_rows(index), dist.gather_rows(embedding.detach())
         embedding = embedding.index_select(0, last_occurrence(index))
         local, _ = self._locate(index)
-        before = _wide(self.storage.index_select(0, local))
+        before = _at_least_float32(self.storage.index_select(0, local))
         after = F.normalize(momentum * before + (1.0 - momentum) * embedding.to(before.dtype))
         self.storage.index_copy_(0, local, after.to(self.storage.dtype))
 
     def _locate(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return positions in ``storage`` (the spare row for what is not here), and what is."""
+        """Return positions in ``storage`` (the spare row for rows held elsewhere), and a mask."""
         owned = (index >= 0) & (index % self.world == self.rank)
         return torch.where(owned, index // self.world, self.held), owned
 
@@ -132,14 +132,21 @@ def refresh(
     """Replace the rows of all ranks' images by embeddings, momentum 0. Collective.
 
     Args:
-        batches: (index B, one B×D embedding for each bank); ranks may bring different numbers of
-            batches, of different sizes.
+        batches: (index B, one B×D embedding for each bank); the number of batches and their sizes
+            may differ between ranks.
     """
-    like = torch.cat([_wide(bank.storage[:0]) for bank in banks], dim=1)
-    joined = ((index, torch.cat(list(embeddings), dim=1)) for index, embeddings in batches)
-    for index, embedding in padded_alike(joined, like):
-        for bank, part in zip(banks, embedding.split([b.dim for b in banks], dim=1), strict=True):
-            bank.update(index, part, momentum=0.0)
+    none = banks[0].storage.new_zeros(0, dtype=torch.long)
+    nothing = (none, [_at_least_float32(bank.storage[:0]) for bank in banks])
+    iterator = iter(batches)
+    while True:
+        index, embeddings = next(iterator, nothing)
+        longest = int(dist.gather_rows(none.new_tensor([len(index)])).max())
+        if longest == 0:
+            return
+        missing = longest - len(index)
+        index = F.pad(index, (0, missing), value=-1)
+        for bank, embedding in zip(banks, embeddings, strict=True):
+            bank.update(index, F.pad(embedding, (0, 0, 0, missing)), momentum=0.0)
 
 
 def last_occurrence(index: Tensor) -> Tensor:
@@ -148,38 +155,16 @@ def last_occurrence(index: Tensor) -> Tensor:
     return order[torch.searchsorted(ordered, index, right=True) - 1]
 
 
-def padded_alike(
-    batches: Iterable[tuple[Tensor, Tensor]], like: Tensor
-) -> Iterable[tuple[Tensor, Tensor]]:
-    """Yield (index, embedding) batches, as many and of the same sizes on all ranks.
-
-    Missing entries have index −1. Every rank must iterate to the end. ``like``: any …×D tensor of
-    the device and dtype that the embeddings shall have.
-    """
-    iterator = iter(batches)
-    while True:
-        batch = next(iterator, None)
-        size = torch.tensor(0 if batch is None else len(batch[0]), device=like.device)
-        longest = int(dist.gather_rows(size[None]).max())
-        if longest == 0:
-            return
-        index = torch.full((longest,), -1, dtype=torch.long, device=like.device)
-        embedding = like.new_zeros(longest, like.shape[-1])
-        if batch is not None:
-            index[: len(batch[0])] = batch[0]
-            embedding[: len(batch[1])] = batch[1]
-        yield index, embedding
-
-
-def _wide(rows: Tensor) -> Tensor:
-    return rows if rows.dtype == torch.float64 else rows.float()
-
-
 def first_rows(numbers: Tensor, dim: int, seed: int) -> Tensor:
     """Return the rows that images start with, numbers×D, uniform in ±1/sqrt(D/3)."""
     cells = numbers[:, None] * dim + torch.arange(dim)
-    uniform = (hashed(cells, seed) >> 39).double() / (1 << 24)  # 24 bits: exact in float32
+    bits = torch.from_numpy((mixed_array((seed,), cells.numpy()) >> 40).astype("int64"))  # 24
+    uniform = bits.double() / (1 << 24)  # exact in float32
     return ((2.0 * uniform - 1.0) / math.sqrt(dim / 3)).float()
+
+
+def _at_least_float32(rows: Tensor) -> Tensor:
+    return rows if rows.dtype == torch.float64 else rows.float()
 
 
 def _collect(bank: MemoryBank) -> Tensor:

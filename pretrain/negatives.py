@@ -1,325 +1,239 @@
-"""Which bank rows each image is contrasted with: windows over one random order per step.
+"""The negatives of a step: for each image K bank rows of other classes, cut from one random pool.
 
-Shapes: B images, N bank rows, P pool rows, K negatives, C rows of a chunk, S strata.
+Shapes: B images, N bank rows, P pool rows, K negatives, C rows of a chunk, W ranks.
 
-Each step draws one uniformly random order of bank rows, the pool. Image i walks along it from a
-position s_i of its own, cyclically, skips rows of its own group (its class, or only itself), and
-takes the first K others. The order knows nothing of s_i, and permuting the other-group rows among
-themselves leaves its distribution as it is; so for every single image
+Each step draws one uniformly random sequence of P distinct bank rows, the pool. Image i skips the
+rows of its own class and takes K others in a row, cyclically, from an offset of its own. The pool
+does not depend on the offsets, and permuting its other-class rows leaves its distribution as it
+is; so for every single image the K rows are exactly a uniformly random K-subset of the N − N_c
+rows of other classes, each of which is in it with probability K / (N − N_c).
 
-* the K rows are exactly a uniformly random K-subset of the other-group rows, or, where they are
-  drawn with replacement, exactly K independent uniform draws from them.
+Two images of a step are not independent: they take stretches of the same pool. They share K²/P
+rows on average, where independent subsets would share about K²/N: more if P < N, and the number
+varies more in any case. With ``shared`` all offsets are 0. The loss of an image depends on its own
+negatives only, so the expectations of loss and gradient do not change. Steps are independent.
 
-What is not as if drawn independently is the choice of two images of the same step: their windows
-overlap in a stretch of the same order. On average they share as many rows as two independent
-subsets of the pool would, but the number varies more; with ``shared`` all images walk from the
-same position. An image's loss depends on its own negatives alone, so the expectations of loss and
-gradient are the same in all cases. Steps are independent of each other.
+If K exceeds the other-class rows of any class, the pool is P independent draws, and the K rows of
+every image are K independent uniform draws from its other-class rows. (The released code decides
+that image by image; for classes of equal size it is the same.)
 
-With S strata the same is done S times, each on the rows that leave one remainder by S, with its
-share of K: a sharded bank draws from each rank's rows, and a bank that is whole can be told to
-draw as one that is sharded.
-
-Draws are functions of (seed, step) and, for s_i, of the image's own number: a resumed run needs
-no generator state, and an image meets the same negatives on any number of ranks.
+Draws are a function of (seed, step) and of an image's place in the joined batch of all ranks, so
+they need no generator state and are the same on any number of ranks with devices of one kind.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from core import dist
+from core.errors import InputError
 from core.seeds import mixed
+from pretrain.recipe import CTCConfig
 
-_STEP = 0x9E3779B97F4A7C15
-_FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-
-
-LONGEST_ORDER = (1 << 31) - 1  # P at most: positions are int32
-BLOCK = 512  # pool positions that are counted together
-BLOCKS_AT_A_TIME = 8  # on a CPU, so that they stay in its cache
+LARGEST_POOL = 1 << 30  # P at most
+POOL_FACTOR = 4  # P = 4 K by default
+ON_HOST = ("cpu",)  # device types whose tensors the host reads without waiting
 
 
 @dataclasses.dataclass(frozen=True)
-class Windows:
-    """The negatives of B images in one stratum, as stretches of one order of its rows."""
+class Negatives:
+    """The negatives of B images: the other-class rows of a stretch of the pool for each.
 
-    rows: Tensor  # P, rows in the order of the walk, as they are counted within this rank's bank
-    row_groups: Tensor  # P int32, the group of each
-    groups: Tensor  # B int32, the images' own groups, which they skip
-    start: Tensor  # B int32, where each walk begins, in 0..P-1
-    length: Tensor  # B int32, positions that it passes
-    count: Tensor  # B, negatives among them: K, or all others where there are fewer
-    inside: bool = False  # every position that will be asked for lies in every window
+    Holds R of the P pool rows: all, or those of a rank's shard.
+    """
 
-    @property
-    def is_on_host(self) -> bool:
-        """Whether reading a value costs nothing, because no device has to be waited for."""
-        return self.rows.device.type == "cpu"
+    rows: Tensor  # R int64, where they are in this rank's bank
+    classes: Tensor  # R
+    position: Tensor  # R, their positions in the pool, ascending; 2P: padding, no row
+    own: Tensor  # B, the images' classes
+    start: Tensor  # B, where each stretch begins, in 0..P-1
+    length: Tensor  # B, positions that it covers, cyclically
+    count: Tensor  # B int64, negatives in it over all ranks: K, or all others if there are fewer
+    pool: int  # P
 
-    def counted(self, low: int, high: int, dtype: torch.dtype) -> Tensor:
-        """Return 1 where pool positions low … high are negatives of the images, else 0, B×C."""
-        counted = torch.empty(len(self.start), high - low, dtype=dtype, device=self.rows.device)
-        # comparisons straight into a float tensor: several times faster on CPUs than into bool
-        torch.ne(self.row_groups[low:high], self.groups[:, None], out=counted)
-        if self.inside:
-            return counted
-        position = torch.arange(low, high, dtype=torch.int32, device=self.rows.device)
-        passed = position - self.start[:, None]
-        passed += (passed >> 31) & len(self.rows)  # where negative, once round
-        is_before_end = torch.empty_like(counted)
-        return counted.mul_(torch.lt(passed, self.length[:, None], out=is_before_end))
+    def counted(self, low: int, high: int, images: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Return 1 where held rows low … high − 1 are negatives of the images, else 0, B×C."""
+        own, start, length = (
+            rows_of(x, images)[:, None] for x in (self.own, self.start, self.length)
+        )
+        covered = self.position[low:high] - start  # B×C
+        mask = torch.empty_like(covered)  # CPUs compare floats into floats many times faster
+        covered.add_(torch.lt(covered, 0.0, out=mask), alpha=self.pool)  # once around
+        counted = torch.lt(covered, length, out=mask)
+        return counted.mul_(torch.ne(self.classes[low:high], own, out=covered)).to(dtype)
 
     def chunks(
         self, size: int, dtype: torch.dtype
     ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
         """Yield (rows C, images b or None, counted b×C) that together hold every negative once.
 
-        On a CPU the images with a window there are named; on a GPU there is None, and all of them
-        are meant, so that the host need not know.
+        On a CPU only the images whose stretch meets the chunk are named. On a GPU None means all
+        images, so that the host need not know.
         """
-        for low, images, inside in self._spans(size):
-            some = self.of(images) if images is not None else self
-            if inside:
-                some = dataclasses.replace(some, inside=True)
-            high = min(low + size, len(self.rows))
-            yield self.rows[low:high], images, some.counted(low, high, dtype)
-
-    def of(self, images: Tensor) -> "Windows":
-        """Return the windows of some of the images."""
-        return dataclasses.replace(
-            self,
-            groups=self.groups[images],
-            start=self.start[images],
-            length=self.length[images],
-            count=self.count[images],
-        )
+        low = torch.arange(0, len(self.rows), size)
+        high = (low + size).clamp(max=len(self.rows))
+        if self.rows.device.type not in ON_HOST:
+            meets = None
+        else:
+            first, last = self.position[low, None], self.position[high - 1, None]  # chunks×1
+            end = self.start + self.length
+            meets = (self.start <= last) & (end > first) | (end - self.pool > first)
+        for number, (begin, stop) in enumerate(zip(low.tolist(), high.tolist(), strict=True)):
+            images = None if meets is None else meets[number].nonzero()[:, 0]
+            if images is None or len(images):
+                yield self.rows[begin:stop], images, self.counted(begin, stop, images, dtype)
 
     def listed(self) -> Tensor:
-        """Return the bank rows of each image's negatives, B×K (every count must be K).
+        """Return each image's negatives among the held rows, B×K (each must have K).
 
         Slow, for tests and reference losses.
         """
-        counted = self.counted(0, len(self.rows), torch.float32)
-        return torch.stack([self.rows[own > 0] for own in counted])
-
-    def _spans(self, size: int) -> list[tuple[int, Tensor | None, bool]]:
-        """Return, for each chunk of ``size`` positions, where it begins and whose windows it meets.
-
-        And whether all of it lies in all those windows.
-        """
-        pool = len(self.rows)
-        starts = range(0, pool, size)
-        if not self.is_on_host:
-            return [(low, None, False) for low in starts]
-        low = torch.tensor(starts)[:, None]  # chunks×1
-        high = (low + size).clamp(max=pool)
-        end = self.start.long() + self.length
-        meets = (self.start < high) & (end > low) | (end - pool > low)  # chunks×B
-        covers = (self.start <= low) & (end >= high) | (end - pool >= high)
-        inside = (covers | ~meets).all(dim=1).tolist()
-        return [
-            (first, own.nonzero()[:, 0], sure)
-            for first, own, sure in zip(starts, meets, inside, strict=True)
-            if own.any()
-        ]
+        counted = self.counted(0, len(self.rows), None, torch.float32)
+        return torch.stack([self.rows[one > 0] for one in counted])
 
 
-@dataclasses.dataclass(frozen=True)
-class Stratum:
-    """A part of the rows, from which a part of the negatives is drawn."""
-
-    number: int  # among all S strata
-    rows: slice  # of this rank's bank
-    negatives: int  # its share of K; 0: every other-group row
-    pool: int  # P, rows to draw; see pool_rows
-    replace: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
 class Drawer:
-    """How negatives are drawn; ``draw`` is a function of (seed, step, index)."""
-
-    seed: int
-    strata: Sequence[Stratum]  # those whose rows this rank holds
-    shared: bool = False  # all images of a step walk from the same position
-
-    def draw(self, step: int, index: Tensor, groups: Tensor, row_groups: Tensor) -> list[Windows]:
-        """Draw the negatives of B images, stratum by stratum.
-
-        Args:
-            step: global step. index: B, the images' numbers. groups: B, their groups.
-            row_groups: the groups of the rows of this rank's bank, int32.
-        """
-        groups = groups.to(torch.int32)
-        fraction = hashed(index, self.seed, step) >> 31  # of 2^32
-        drawn = []
-        for stratum in self.strata:
-            rows = self._pool(step, stratum, row_groups)
-            of_rows = row_groups.index_select(0, rows)
-            start = ((fraction * len(rows)) >> 32).to(torch.int32)
-            if self.shared or not stratum.negatives:
-                start = torch.zeros_like(start)
-            length, count = walk(of_rows, groups, start, stratum.negatives)
-            drawn.append(Windows(rows, of_rows, groups, start, length, count))
-        return drawn
-
-    def _pool(self, step: int, stratum: Stratum, row_groups: Tensor) -> Tensor:
-        device = row_groups.device
-        first, end, stride = stratum.rows.indices(len(row_groups))
-        if not stratum.negatives:
-            return torch.arange(first, end, stride, device=device)
-        held = len(range(first, end, stride))
-        generator = torch.Generator(device)
-        generator.manual_seed(mixed(self.seed, step, stratum.number) >> 1)
-        if stratum.replace:
-            drawn = torch.randint(held, (stratum.pool,), generator=generator, device=device)
-        else:
-            drawn = torch.randperm(held, generator=generator, device=device)[: stratum.pool]
-        return drawn if (first, stride) == (0, 1) else drawn * stride + first
-
-
-def make_drawer(
-    seed: int,
-    negatives: int,
-    row_groups: Tensor,
-    *,
-    shared: bool = False,
-    replacement: str = "auto",
-    pool: int = 0,
-    strata: int = 0,
-    rank: int = 0,
-    world: int = 1,
-) -> Drawer:
-    """Return how this rank draws its part of every image's K negatives.
+    """Draws the negatives of each step.
 
     Args:
-        negatives: K; 0 means every other-group row.
-        row_groups: the groups of the rows that this rank holds: rank, rank + W, …; int32.
-        replacement: "auto" (in strata with fewer others than their share of K), "always", "never".
-        pool: P over all strata; 0 means all rows.
-        strata: S, a multiple of the world; 0 means one for each rank.
-        rank, world: 0 and 1 for a bank that is whole.
+        config: read are num_negatives, negatives and pool.
+        labels: N, the classes of all training images.
+
+    Attributes:
+        pool: P. replace: whether pool rows are drawn with replacement.
 
     Raises:
-        ValueError: S is not a multiple of the world.
+        InputError: one class only, or a pool too large to draw.
     """
-    strata = strata or world
-    if strata % world:
-        raise ValueError(f"{strata} strata do not divide over {world} ranks")
-    parts = []
-    for number in range(rank, strata, world):
-        rows = slice(number // world, None, strata // world)
-        own = row_groups[rows]
-        largest = int(torch.unique(own, return_counts=True)[1].max()) if len(own) else 0
-        share = share_of(number, strata, negatives)
-        replace = replacement == "always"
-        replace = replace or (replacement == "auto" and share > len(own) - largest)
-        size = pool_rows(
-            len(own), largest, share, shared=shared, replace=replace, asked=-(-pool // strata)
+
+    def __init__(self, config: CTCConfig, labels: Tensor, seed: int) -> None:
+        self.seed, self.images, self.negatives = seed, len(labels), config.num_negatives
+        self.shared = config.negatives == "shared" or not self.negatives
+        largest = int(torch.bincount(labels).max())
+        others = self.images - largest  # of an image of the largest class
+        if others == 0:
+            raise InputError("CTC's stage 2 needs images of at least two classes (or ctc.beta 0)")
+        self.replace = self.negatives > others
+        enough = self.negatives + largest  # without replacement it holds K others of any class
+        if self.replace:
+            # 2K + 64 others on average: fewer than K (which lowers an image's count) never happen
+            enough = math.ceil((2 * self.negatives + 64) * self.images / others)
+            self.pool = max(config.pool, enough)
+        elif not self.negatives:
+            self.pool = self.images
+        else:
+            asked = enough if self.shared else config.pool or POOL_FACTOR * self.negatives
+            self.pool = min(self.images, max(asked, enough))
+        if self.pool > LARGEST_POOL:
+            raise InputError(
+                f"ctc.num_negatives {self.negatives} and ctc.pool {config.pool} need "
+                f"{self.pool:,} bank rows a step; at most {LARGEST_POOL:,} can be drawn"
+            )
+
+    def draw(
+        self, step: int, own: Tensor, classes: Tensor, rank: int = 0, world: int = 1
+    ) -> Negatives:
+        """Draw the negatives of a step. Collective if ``world`` exceeds 1.
+
+        Args:
+            step: global step.
+            own: the classes of this rank's B images, or of all ranks' if the bank is sharded.
+            classes: int32, of the rows that this rank's bank holds: rank, rank + world, ….
+            rank, world: of a sharded bank; 0 and 1 for a whole one.
+
+        Returns:
+            Negatives of the images of ``own`` among the rows of this rank's bank.
+        """
+        device, size = classes.device, len(own)
+        generator = torch.Generator(device)
+        generator.manual_seed(mixed(self.seed, step) >> 1)
+        rows = self._pool(generator)
+        joined, first = (size, 0) if world > 1 else (size * dist.world_size(), size * dist.rank())
+        offset = torch.rand(joined, generator=generator, device=device, dtype=torch.float64)
+        offset = offset.mul_(not self.shared)[first : first + size]
+        position = torch.arange(self.pool, device=device)
+        if world > 1:  # every rank knows the classes of the whole pool, and computes on its part
+            held = rows % world == rank
+            rows = torch.where(held, rows // world, 0)
+            of_rows = dist.all_sum(torch.where(held, classes[rows], 0))
+        else:
+            of_rows = classes[rows]
+        start, length, count = stretches(of_rows, own, offset, self.negatives or self.pool)
+        if world > 1:
+            part = torch.argsort(held.to(torch.int8), descending=True, stable=True)
+            part = part[: self._largest_part(world)]
+            position = torch.where(held[part], position[part], 2 * self.pool)
+            rows, of_rows = rows[part], of_rows[part]
+        of_rows, position, own, start, length = (
+            x.to(exact_float(self.pool)) for x in (of_rows, position, own, start, length)
         )
-        parts.append(Stratum(number, rows, share, size, replace))
-    return Drawer(seed, parts, shared)
+        return Negatives(rows, of_rows, position, own, start, length, count, self.pool)
+
+    def _pool(self, generator: torch.Generator) -> Tensor:
+        """Return the P rows of a step's pool among all N."""
+        device, images, pool = generator.device, self.images, self.pool
+        if not self.negatives:
+            return torch.arange(images, device=device)
+        if self.replace:
+            return torch.randint(images, (pool,), generator=generator, device=device)
+        if images <= 3 * pool:
+            return torch.randperm(images, generator=generator, device=device)[:pool]
+        # O(P) where N is far larger: the first P different ones of independent draws. Of
+        # 1.5 P + 64 draws from N > 3 P rows fewer than P differ with a probability below 1e-30.
+        drawn = torch.randint(images, (pool + pool // 2 + 64,), generator=generator, device=device)
+        ordered, order = torch.sort(drawn, stable=True)
+        again = torch.zeros_like(drawn, dtype=torch.int8)
+        again[order[1:]] = (ordered[1:] == ordered[:-1]).to(torch.int8)
+        return drawn[torch.argsort(again, stable=True)[:pool]]
+
+    def _largest_part(self, world: int) -> int:
+        """Return a size that a rank's part of the pool does not exceed (but with odds of 1e-20)."""
+        mean = self.pool / world
+        likely = math.ceil(mean + 10 * math.sqrt(mean)) + 16
+        return min(self.pool, likely if self.replace else min(likely, -(-self.images // world)))
 
 
-def share_of(number: int, strata: int, negatives: int) -> int:
-    """Return how many of K negatives come from one of S strata; they add up to K."""
-    return negatives * (number + 1) // strata - negatives * number // strata
-
-
-def pool_rows(
-    rows: int, largest_group: int, negatives: int, *, shared: bool, replace: bool, asked: int = 0
-) -> int:
-    """Return P, how many rows to draw so that every image meets its K negatives in them.
-
-    Without replacement K + the largest group always suffice. Independent draws are as many as hold
-    2K + 64 others on average, so that fewer than K never happens (if it did, the image would take
-    those there are, and its noise share c would say so).
-
-    Args:
-        rows: N. negatives: K; 0 means all. asked: P where it is free to choose; 0 means N.
-    """
-    if not negatives:
-        return rows
-    if replace:
-        others = max(rows - largest_group, 1)
-        return max(asked, math.ceil((2 * negatives + 64) * rows / others))
-    needed = min(rows, negatives + largest_group)
-    return needed if shared else min(rows, max(asked or rows, needed))
-
-
-def walk(
-    row_groups: Tensor, groups: Tensor, start: Tensor, negatives: int
-) -> tuple[Tensor, Tensor]:
-    """Return how far each image walks to meet its negatives, and how many they are, B and B.
+def stretches(
+    classes: Tensor, own: Tensor, offset: Tensor, negatives: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return where each image's stretch of the pool starts, its length, and its negatives, B each.
 
     Args:
-        row_groups: P, groups along the order. groups, start: B. All int32. negatives: K; 0: all.
+        classes: P, of the pool's rows. own: B, of the images.
+        offset: B, in [0, 1): where among an image's other-class rows its stretch starts.
+        negatives: K; if there are fewer others, all are taken.
     """
-    size = len(row_groups)
-    up_to = _others_before_blocks(row_groups, groups)  # B×(blocks + 1)
-    total = up_to[:, -1]
-    if not negatives:
-        return torch.full_like(start, size), total
-    block = start.long() // BLOCK
-    inside = _others_in_block(row_groups, groups, block).cumsum(dim=1)  # B×BLOCK
-    of_block = up_to.gather(1, block[:, None])[:, 0]
-    offset = start.long() - block * BLOCK
-    skipped = inside.gather(1, (offset - 1).clamp(min=0)[:, None])[:, 0]
-    target = of_block + torch.where(offset > 0, skipped, 0) + negatives
-    around = target > total
-    wanted = torch.where(around, target - total, target)
-    # the block in which the count of others reaches ``wanted``, and where in it
-    block = (torch.searchsorted(up_to, wanted[:, None])[:, 0] - 1).clamp(min=0)
-    block = block.clamp(max=up_to.shape[1] - 2)
-    inside = _others_in_block(row_groups, groups, block).cumsum(dim=1)
-    rest = wanted - up_to.gather(1, block[:, None])[:, 0]
-    end = block * BLOCK + torch.searchsorted(inside, rest[:, None])[:, 0] + 1
-    length = torch.where(around, end + size, end) - start
-    enough = total >= negatives
-    length = torch.where(enough, length, size).to(torch.int32)
-    return length, torch.where(enough, negatives, total)
+    size = len(classes)
+    # The j-th of all rows sorted by class, at position p_j, has p_j − (j − first) others before it,
+    # where ``first`` is the j of its class's first row; so the key below rises with j, and a binary
+    # search for an image's r-th other row tells how many rows of its own class lie before that.
+    by_class, order = torch.sort(classes.long(), stable=True)
+    key = by_class * (2 * size) + (order - torch.arange(size, device=order.device)) + size
+    own = own.long()
+    first = torch.searchsorted(by_class, own)
+    others = size - (torch.searchsorted(by_class, own, right=True) - first)
+
+    def position_of(rank: Tensor) -> Tensor:
+        wanted = own * (2 * size) + (rank - first) + size
+        return rank + torch.searchsorted(key, wanted, right=True) - first
+
+    count = others.clamp(max=negatives)
+    rank = torch.minimum((offset * others).long(), others - 1).clamp(min=0)
+    last = rank + count - 1
+    around = last >= others
+    start = position_of(rank)
+    end = position_of(torch.where(around, last - others, last)) + 1 + around * size
+    return start, end - start, count
 
 
-def _others_before_blocks(row_groups: Tensor, groups: Tensor) -> Tensor:
-    """Return how many rows of other groups lie before each block of BLOCK positions, and in all.
-
-    B×(blocks + 1), int64, without a B×P tensor.
-    """
-    counts = [torch.zeros(len(groups), 1, dtype=torch.int64, device=groups.device)]
-    blocks = BLOCKS_AT_A_TIME * (1 if groups.device.type == "cpu" else 16)
-    for part in row_groups.split(BLOCK * blocks):
-        others = torch.empty(len(groups), len(part), device=groups.device)
-        torch.ne(part, groups[:, None], out=others)
-        whole = len(part) // BLOCK * BLOCK
-        counts.append(others[:, :whole].view(len(groups), -1, BLOCK).sum(dim=2).long())
-        if whole < len(part):
-            counts.append(others[:, whole:].sum(dim=1, keepdim=True).long())
-    return torch.cat(counts, dim=1).cumsum(dim=1)
+def exact_float(pool: int) -> torch.dtype:
+    """Return a float type that holds all whole numbers up to 2P."""
+    return torch.float32 if 2 * pool <= 1 << 24 else torch.float64
 
 
-def _others_in_block(row_groups: Tensor, groups: Tensor, block: Tensor) -> Tensor:
-    """Return whether each position of one block an image is of another group, B×BLOCK int64."""
-    position = block[:, None] * BLOCK + torch.arange(BLOCK, device=groups.device)
-    others = row_groups[position.clamp(max=len(row_groups) - 1)] != groups[:, None]
-    return (others & (position < len(row_groups))).long()
-
-
-def hashed(values: Tensor, *numbers: int) -> Tensor:
-    """Return ``core.seeds.mixed(*numbers, value) >> 1`` for each int64 value, on its device."""
-    state = values + _signed(mixed(*numbers) + _STEP)
-    state = (state ^ _shifted(state, 30)) * _signed(_FIRST)
-    state = (state ^ _shifted(state, 27)) * _signed(_SECOND)
-    return _shifted(state ^ _shifted(state, 31), 1)
-
-
-def _shifted(values: Tensor, bits: int) -> Tensor:
-    """Shift 64-bit patterns right, filling with zeros."""
-    return (values >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(number: int) -> int:
-    number &= (1 << 64) - 1
-    return number - (1 << 64) if number >> 63 else number
+def rows_of(x: Tensor, images: Tensor | None) -> Tensor:
+    """Return the rows of some images, or of all (None)."""
+    return x if images is None else x.index_select(0, images)

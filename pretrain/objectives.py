@@ -1,9 +1,11 @@
 """What a pretraining optimises: cross-entropy, or CTC in its two stages.
 
-Shapes: B images a rank and step, N training images, C channels and features, S side in pixels.
+Shapes: B images a rank and step, N training images, C channels and features, E embedding, S side
+in pixels.
 """
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,16 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.errors import InputError
-from pretrain.recipe import (
-    CEConfig,
-    CTCConfig,
-    ce_stages,
-    check_ce,
-    check_ctc,
-    check_negatives,
-    ctc_stages,
-)
-from pretrain.terms import BankOptions, InstanceTerm, PreservationOptions, PreservationTerm
+from core.seeds import torch_seeded
+from pretrain import bank_loss
+from pretrain.memory import MemoryBank, refresh
+from pretrain.negatives import Drawer, Negatives
+from pretrain.recipe import CEConfig, CTCConfig
 from training.loop import Objective
 from training.schedule import Stage
 
@@ -34,11 +31,11 @@ class CrossEntropy(Objective):
 
     def __init__(self, model: nn.Module, config: CEConfig) -> None:
         super().__init__()
-        check_ce(config)
+        config.stages()
         self.model, self.config = model, config
 
     def stages(self) -> list[Stage]:
-        return ce_stages(self.config)
+        return self.config.stages()
 
     def forward(self, images: Tensor, labels: Tensor, index: Tensor) -> dict[str, Tensor]:
         logits = self.model(images)
@@ -57,51 +54,41 @@ class CTC(Objective):
         seed: of projections, banks and negatives.
 
     Raises:
-        InputError: a setting that cannot be, or more negatives than there are without replacement.
+        InputError: a value out of range, or images of one class only.
     """
 
     model: Any
-    term: InstanceTerm | PreservationTerm | None
+    term: "InstanceTerm | PreservationTerm | None"
 
     def __init__(self, model: nn.Module, labels: Tensor, config: CTCConfig, seed: int = 0) -> None:
         super().__init__()
         if labels.dim() != 1:
             raise InputError("CTC needs one class per image; this data set has several")
-        check_ctc(config)
+        config.stages()
         self.model, self.config, self.seed = model, config, seed
         self.labels = labels.cpu()
-        check_negatives(config, self.labels)
+        if config.beta > 0:
+            Drawer(config, self.labels, seed)  # raises what it does not accept, before any work
         self.term = None
         self.step = 0
 
     def stages(self) -> list[Stage]:
-        return ctc_stages(self.config)
+        return self.config.stages()
 
     def enter_stage(self, number: int) -> None:
-        config = self.config
-        weight = (config.alpha, config.beta)[number]
-        if weight == 0:
+        config, labels = self.config, self.labels
+        if (config.alpha, config.beta)[number] == 0:
             self.term = None
         elif number == 0:
-            self.term = InstanceTerm(
-                self.model.num_features,
-                config.dim1,
-                config.tau1,
-                config.m1,
-                self._bank_options(),
-                train_projection=config.train_projection,
-                seed=self.seed,
-            )
+            features = self.model.num_features
+            self.term = InstanceTerm(features, len(labels), config, self.seed)
         else:
-            options = preservation_options(config)
-            self.term = PreservationTerm(
-                self.model, self.labels, options, self._bank_options(), seed=self.seed
-            )
+            self.term = PreservationTerm(self.model, labels, config, self.seed)
         # DDP would overwrite every rank's shard with the first rank's
         self._ddp_params_and_buffers_to_ignore = [
             name
             for name, _ in self.named_buffers()
-            if name.endswith((".storage", ".groups")) and config.bank_sharding == "sharded"
+            if name.endswith((".storage", ".classes")) and config.bank_sharding == "sharded"
         ]
 
     def start_stage(self, number: int, batches: Callable[[], Iterator[Any]]) -> None:
@@ -130,9 +117,160 @@ class CTC(Objective):
         if self.term is not None:
             self.term.update()
 
-    def _bank_options(self) -> BankOptions:
-        sharded = self.config.bank_sharding == "sharded"
-        return BankOptions(len(self.labels), self.config.bank_dtype, sharded)
+
+class InstanceTerm(nn.Module):
+    """L_IAS, stage 1 of CTC: every training image is a class of its own.
+
+    u = normalise(W f + b) is drawn to the image's own row of a bank and away from all others.
+
+    Args:
+        features: C. images: N. seed: of projection and bank.
+    """
+
+    def __init__(self, features: int, images: int, config: CTCConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.projection = seeded_linear(features, config.dim1, seed, 1)
+        self.projection.requires_grad_(config.train_projection)
+        self.bank = bank_of(config, images, config.dim1, config.m1, seed)
+        self._seen: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, features: Tensor, index: Tensor) -> Tensor:
+        """Return L_IAS, the mean over B images, from features B×C and index B."""
+        with torch.autocast(features.device.type, enabled=False):
+            u = project(self.projection, features)  # B×E
+            return self.loss(u, index)
+
+    def loss(self, u: Tensor, index: Tensor) -> Tensor:
+        """Return L_IAS of embeddings u, B×E."""
+        self._seen = (index, u.detach())
+        own, sharded = self.bank.sample(index).to(u.dtype), self.bank.sharded
+        tau1 = self.config.tau1
+        return bank_loss.instance_loss(u, own, self.bank.rows, tau1, sharded=sharded).mean()
+
+    def update(self) -> None:
+        """Move the bank's rows towards the embeddings of the last forward pass. Collective."""
+        if self._seen is not None:
+            self.bank.update(*self._seen)
+        self._seen = None
+
+
+class PreservationTerm(nn.Module):
+    """L_IPS, stage 2 of CTC: what the network at the end of stage 1 knew is kept.
+
+    v = normalise(W_s f + b_s) of the learning network and t = normalise(W_t sg(f̄) + b_t) of the
+    frozen one, both of the same view of the same image, are each contrasted with the other's bank.
+
+    Args:
+        model: the learning network; its frozen copy is built here and filled by ``freeze``.
+        labels: N, the classes of all training images.
+        seed: of projections, banks and negatives.
+    """
+
+    classes: Tensor
+    log_z: Tensor
+    z_known: Tensor
+
+    def __init__(self, model: nn.Module, labels: Tensor, config: CTCConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config, self.images = config, len(labels)
+        self.frozen = copy.deepcopy(model).requires_grad_(False).eval()
+        features: Any = model.num_features
+        self.projection = seeded_linear(features, config.dim2, seed, 2)  # of v
+        self.frozen_projection = seeded_linear(features, config.dim2, seed, 3)  # of t
+        self.bank, self.frozen_bank = (  # M^v, M^t
+            bank_of(config, self.images, config.dim2, config.m2, seed + number) for number in (1, 2)
+        )
+        classes = labels[self.bank.rank :: self.bank.world].to(torch.int32)
+        self.register_buffer("classes", classes, persistent=False)  # of the bank's rows
+        self.register_buffer("log_z", torch.zeros(2))  # log Z of v·M^t and of t·M^v
+        self.register_buffer("z_known", torch.zeros((), dtype=torch.bool))
+        self._has_z: bool | None = None  # z_known, as the host knows it
+        self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "_has_z", None))
+        self.drawer = Drawer(config, labels, seed)
+        self._seen: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def train(self, mode: bool = True) -> "PreservationTerm":
+        super().train(mode)
+        self.frozen.eval()
+        return self
+
+    @torch.no_grad()
+    def freeze(self, model: nn.Module) -> None:
+        """Copy the network as it is now; this information bank does not change any more."""
+        self.frozen.load_state_dict(model.state_dict())
+
+    @torch.no_grad()
+    def refresh(self, batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Fill both banks with the projected frozen features of (images, labels, index) batches."""
+
+        def projected() -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
+            for images, _, index in batches:
+                f = self.frozen_features(images)
+                yield index, (project(self.projection, f), project(self.frozen_projection, f))
+
+        refresh([self.bank, self.frozen_bank], projected())
+
+    def forward(
+        self, features: Tensor, images: Tensor, labels: Tensor, index: Tensor, step: int
+    ) -> Tensor:
+        """Return L_IPS = ℓ^v + ℓ^t, each the mean over B images.
+
+        Args:
+            features: f, B×C, of the learning network. images: what it saw, B×3×S×S.
+            labels, index: B. step: the global step, which the negatives depend on.
+        """
+        with torch.no_grad():
+            frozen_features = self.frozen_features(images)
+        with torch.autocast(features.device.type, enabled=False):
+            v = project(self.projection, features)  # B×E
+            t = project(self.frozen_projection, frozen_features)  # B×E
+            return self.loss(v, t, labels, index, step)
+
+    def loss(self, v: Tensor, t: Tensor, labels: Tensor, index: Tensor, step: int) -> Tensor:
+        """Return L_IPS of embeddings v and t, B×E; the first batch fixes Z."""
+        config, sharded = self.config, self.bank.sharded
+        banks = (self.frozen_bank, self.bank)  # that v and t are contrasted with
+        own = (banks[0].sample(index).to(v.dtype), banks[1].sample(index).to(v.dtype))
+        rows = (banks[0].rows, banks[1].rows)
+        negatives = self.draw(labels, step)
+        problem = (v, t), own, rows, negatives, self.images, config.tau2
+        if config.estimator == "nce" and not self._z_is_known():
+            self._fix_z(bank_loss.first_log_z(*problem, sharded=sharded))
+        log_z = self.log_z if config.estimator == "nce" else None
+        losses_v, losses_t = bank_loss.preservation_losses(*problem, log_z, sharded=sharded)
+        self._seen = (index, v.detach(), t.detach())
+        return losses_v.mean() + losses_t.mean()
+
+    def draw(self, labels: Tensor, step: int) -> Negatives:
+        """Draw the negatives of B images (of all ranks' if sharded) among this rank's bank rows."""
+        bank = self.bank
+        own = bank_loss.all_images(labels, bank.sharded)
+        return self.drawer.draw(step, own, self.classes, bank.rank, bank.world)
+
+    def update(self) -> None:
+        """Move both banks after a step. Collective."""
+        if self._seen is not None:
+            index, v, t = self._seen
+            self.bank.update(index, v)
+            self.frozen_bank.update(index, t)
+        self._seen = None
+
+    def frozen_features(self, images: Tensor) -> Tensor:
+        """Return f̄, B×C, of the frozen network."""
+        network: Any = self.frozen
+        return network.forward_head(network.forward_features(images), pre_logits=True)
+
+    @torch.no_grad()
+    def _fix_z(self, log_z: Tensor) -> None:
+        self.log_z.copy_(log_z)
+        self.z_known.fill_(True)
+        self._has_z = True
+
+    def _z_is_known(self) -> bool:
+        if self._has_z is None:  # once after the start or a resume
+            self._has_z = bool(self.z_known)
+        return self._has_z
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -141,18 +279,18 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
     return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
 
 
-def preservation_options(config: CTCConfig) -> PreservationOptions:
-    """Return what the stage-2 term is told of a config."""
-    return PreservationOptions(
-        temperature=config.tau2,
-        momentum=config.m2,
-        dim=config.dim2,
-        estimator=config.estimator,
-        negatives=config.num_negatives,
-        shared=config.negatives == "shared",
-        pool=config.pool,
-        strata=config.strata,
-        replacement=config.replacement,
-        other_class_only=config.other_class_only,
-        z_decay=config.z_decay if config.z == "ema" else 1.0,
-    )
+def project(projection: nn.Linear, features: Tensor) -> Tensor:
+    """Return normalise(W f + b), B×E, in the projection's own precision."""
+    return F.normalize(projection(features.to(projection.weight.dtype)), dim=1)
+
+
+def seeded_linear(features: int, dim: int, *seed: int) -> nn.Linear:
+    """Return a linear layer in torch's default initialisation, drawn from a seed."""
+    with torch_seeded(*seed):
+        return nn.Linear(features, dim)
+
+
+def bank_of(config: CTCConfig, images: int, dim: int, momentum: float, seed: int) -> MemoryBank:
+    """Return a memory bank as the config wants it stored."""
+    sharded = config.bank_sharding == "sharded"
+    return MemoryBank(images, dim, momentum, dtype=config.bank_dtype, seed=seed, sharded=sharded)

@@ -37,7 +37,7 @@ from data.datasets import (
 from models import amp, checkpoint
 from models.resnet import ResNet, create_model, find_architecture
 from pretrain.objectives import CTC, CrossEntropy
-from pretrain.recipe import CEConfig, CTCConfig, check_ce, check_ctc
+from pretrain.recipe import CEConfig, CTCConfig
 from training import loop, resume
 from training.loop import Hooks, LoopConfig, Objective
 
@@ -140,7 +140,7 @@ def make_ready(config: PretrainConfig) -> tuple[IndexedDataset, IndexedDataset, 
     if config.method not in METHODS:
         raise InputError(f"method {config.method!r} is not one of {', '.join(METHODS)}")
     find_architecture(config.arch)
-    check_ctc(config.ctc) if config.method == "ctc" else check_ce(config.ce)
+    (config.ctc if config.method == "ctc" else config.ce).stages()
     loop.check(config.loop)  # what needs no data comes first: to list a million files takes minutes
     torch.manual_seed(config.seed)
     dataset, held_out = open_data(config)

@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from core import dist
 from pretrain import losses
-from pretrain.objectives import CTC, CrossEntropy
+from pretrain.negatives import Drawer
+from pretrain.objectives import CTC, CrossEntropy, PreservationTerm
 from pretrain.recipe import CEConfig, CTCConfig, StageConfig
-from pretrain.terms import PreservationTerm
 from training.loop import Hooks, LoopConfig, Objective, Trainer
 from training.resume import Position
 
@@ -33,32 +33,20 @@ N, CLASSES, B, SIDE, STEPS = 45, 3, 8, 4, 3
 STAGES = {"stage1": StageConfig(1, 0.1, 1e-3), "stage2": StageConfig(1, 0.05, 5e-4)}
 SMALL = CTCConfig(**STAGES, num_negatives=12, dim1=6, dim2=5, tau1=0.2, tau2=0.3)
 
+LARGE = CTCConfig(num_negatives=5000)
+SHARDED = dataclasses.replace(SMALL, bank_sharding="sharded")
+
 RUNS: dict[str, CTCConfig | None] = {
     "ce": None,
     "nce": dataclasses.replace(SMALL, bank_refresh=True),
     "infonce_shared": dataclasses.replace(SMALL, estimator="infonce", negatives="shared"),
-    "replaced_ema": dataclasses.replace(SMALL, num_negatives=60, z="ema", z_decay=0.6),
-    "all": dataclasses.replace(SMALL, num_negatives=0, other_class_only=False),
-    "all_sharded": dataclasses.replace(
-        SMALL,
-        num_negatives=0,
-        other_class_only=False,
-        bank_sharding="sharded",
-        bank_refresh=True,
-        z="ema",
-    ),
-    "infonce_sharded": dataclasses.replace(
-        SMALL, num_negatives=0, estimator="infonce", bank_sharding="sharded"
-    ),
-    "nce_sharded": dataclasses.replace(SMALL, bank_sharding="sharded", strata=4),
-    "shared_sharded": dataclasses.replace(
-        SMALL,
-        bank_sharding="sharded",
-        strata=4,
-        negatives="shared",
-        estimator="infonce",
-        num_negatives=40,
-    ),
+    "replaced": dataclasses.replace(SMALL, num_negatives=60),
+    "all": dataclasses.replace(SMALL, num_negatives=0),
+    "nce_sharded": dataclasses.replace(SHARDED, bank_refresh=True),
+    "replaced_sharded": dataclasses.replace(SHARDED, num_negatives=60),
+    "all_sharded": dataclasses.replace(SHARDED, num_negatives=0, estimator="infonce"),
+    "shared_sharded": dataclasses.replace(SHARDED, negatives="shared", estimator="infonce"),
+    "one_negative_sharded": dataclasses.replace(SHARDED, num_negatives=1),
 }
 
 
@@ -142,45 +130,34 @@ def train(config: CTCConfig | None) -> dict[str, Any]:
         stage_state = {key: value.clone() for key, value in objective.state_dict().items()}
         history.append(stage_state)
         position.epoch, position.step = position.epoch + 1, 0
-    return {"history": history, "checks": check_negatives(objective, images, labels)}
+    return {"history": history, "checks": check_negatives(objective, labels)}
 
 
-def check_negatives(objective: Objective, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Return what L_IPS is by the kernel, and by the formula on the negatives of all ranks."""
+def check_negatives(objective: Objective, labels: Tensor) -> dict[str, Tensor]:
+    """Return L_IPS and its gradient, the same by the formula, and all ranks' negatives."""
     term = getattr(objective, "term", None)
-    if not isinstance(term, PreservationTerm) or not term.settings.sharded:
+    if not isinstance(term, PreservationTerm):
         return {}
-    options, rank, world = term.options, dist.rank(), dist.world_size()
-    if not options.negatives:
-        return {}
-    index = torch.arange(rank * 3, rank * 3 + 3)
-    generator = torch.Generator().manual_seed(rank)
-    v, t = (
-        torch.nn.functional.normalize(
-            torch.randn(3, options.dim, generator=generator).double(), dim=1
-        ).requires_grad_()
-        for _ in range(2)
-    )
-    kernel = term.contrast(v, t, labels[index], index, 77)
+    rank, size = dist.rank(), B // dist.world_size()
+    mine = slice(rank * size, rank * size + size)
+    index = torch.arange(B)[mine]
+    generator = torch.Generator().manual_seed(5)
+    both = torch.randn(2, B, term.config.dim2, generator=generator).double()
+    v, t = (x[mine].clone().requires_grad_() for x in torch.nn.functional.normalize(both, dim=2))
+    kernel = term.loss(v, t, labels[index], index, 77)
     kernel_gradient = torch.autograd.grad(kernel, (v, t))
-    everyone = dist.gather_rows(index)
-    windows = term.drawer.draw(77, everyone, labels[everyone], term.groups)
-    mine = torch.cat([part.listed() for part in windows], dim=1) * world + rank  # of all N rows
-    listed = torch.cat(list(dist.gather_rows(mine[None])), dim=1)[rank * 3 : rank * 3 + 3]
-    assert (labels[listed] != labels[index, None]).all()
+    listed = all_negatives(term, labels[index])[mine]
     contrast = torch.cat([index[:, None], listed], dim=1)
     formula = torch.zeros((), dtype=torch.float64)
-    banks = (term.frozen_bank, term.bank)
-    for embedding, bank, log_z in zip((v, t), banks, term.log_z, strict=True):
-        whole = bank.sample(torch.arange(N))
+    for embedding, bank, log_z in zip((v, t), (term.frozen_bank, term.bank), term.log_z):
         formula = (
             formula
             + losses.preservation_loss(
                 embedding,
-                whole,
+                bank.sample(torch.arange(N)),
                 contrast,
-                options.temperature,
-                estimator=options.estimator,
+                term.config.tau2,
+                estimator=term.config.estimator,
                 log_z=log_z,
                 share=listed.shape[1] / N,
             ).mean()
@@ -189,8 +166,28 @@ def check_negatives(objective: Objective, images: Tensor, labels: Tensor) -> dic
     return {
         "kernel": torch.cat([kernel[None].detach(), *map(torch.flatten, kernel_gradient)]),
         "formula": torch.cat([formula[None].detach(), *map(torch.flatten, formula_gradient)]),
-        "negatives": torch.tensor(listed.shape[1]),
+        "negatives": dist.gather_rows(listed),
     }
+
+
+def all_negatives(term: PreservationTerm, labels: Tensor) -> Tensor:
+    """Return the bank rows of the negatives of all ranks' images, sorted, B×K."""
+    drawn, bank = term.draw(labels, 77), term.bank
+    counted = drawn.counted(0, len(drawn.rows), None, torch.float64) > 0
+    times = torch.zeros(len(counted), N, dtype=torch.long)  # each row drawn for each image
+    for image, own in enumerate(counted):
+        rows = drawn.rows[own] * bank.world + bank.rank
+        times[image] = torch.bincount(rows, minlength=N)
+    times = dist.all_sum(times) if bank.sharded else dist.gather_rows(times)
+    return torch.stack([torch.arange(N).repeat_interleave(one) for one in times])
+
+
+def large_pool() -> Tensor:
+    """Return how many negatives all ranks' shards hold of two images, where P is 20,000."""
+    rank, world, labels = dist.rank(), dist.world_size(), torch.arange(25_000) % 10
+    classes = labels[rank::world].to(torch.int32)
+    drawn = Drawer(LARGE, labels, 1).draw(3, torch.tensor([4, 5]), classes, rank, world)
+    return dist.all_sum(drawn.counted(0, len(drawn.rows), None, torch.float64).sum(dim=1)).long()
 
 
 def on_rank(rank: int, ranks: int, port: int, output: Path) -> None:
@@ -199,7 +196,8 @@ def on_rank(rank: int, ranks: int, port: int, output: Path) -> None:
     os.environ.update({key: str(value) for key, value in group.items()})
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     dist.init("cpu")
-    results = {name: train(config) for name, config in RUNS.items()}
+    results: dict[str, Any] = {name: train(config) for name, config in RUNS.items()}
+    results["large pool"] = large_pool()
     torch.save(results, output / f"world{ranks}_rank{rank}.pt")
     dist.shutdown()
 

@@ -135,8 +135,8 @@ def _half_line(log: Any, iteration: int, **figures: Any) -> None:
 
 
 def _places() -> dict[str, tuple[Any, str, str]]:
+    from pretrain import objectives
     from pretrain import run as pretrain_run
-    from pretrain import terms
     from training import loop, resume
 
     return {
@@ -145,7 +145,11 @@ def _places() -> dict[str, tuple[Any, str, str]]:
         "before a flush": (os, "fsync", "before"),
         "before a step": (loop.Trainer, "step", "before"),
         "after a step": (loop.Trainer, "step", "after"),
-        "in the refresh": (terms.PreservationTerm, "_frozen_features", "before"),  # then each step
+        "in the refresh": (
+            objectives.PreservationTerm,
+            "frozen_features",
+            "before",
+        ),  # then each step
         "after a state": (resume, "save", "after"),
         "before the row": (pretrain_run, "record", "before"),
         "after the row": (pretrain_run, "record", "after"),

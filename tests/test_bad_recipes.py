@@ -36,12 +36,7 @@ CTC = {
     "num_negatives": [*COUNT, "2000000000"],
     "negatives": ["each"],
     "pool": [*COUNT, "5"],
-    "strata": [*COUNT, "9"],
-    "replacement": ["sometimes"],
-    "other_class_only": SWITCH,
     "bank_refresh": SWITCH,
-    "z": ["moving"],
-    "z_decay": ["1", *NEGATIVE],
     "bank_dtype": ["int8"],
     "bank_sharding": ["split"],
 }
@@ -134,7 +129,7 @@ def test_a_value_that_cannot_be_is_one_sentence_that_names_its_key_and_leaves_no
     "words",
     [
         ["loop.nesterov", "true", "loop.momentum", "0"],
-        ["ctc.replacement", "never", "ctc.num_negatives", "33"],
+        ["ctc.pool", "7", "ctc.num_negatives", "8"],
         ["loop.batch_size", "16", "data.val_fraction", "0.9"],
     ],
 )

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain import losses
 from pretrain.memory import MemoryBank
+from pretrain.negatives import Negatives
+from pretrain.objectives import InstanceTerm, PreservationTerm
+from pretrain.recipe import CTCConfig
 
 DATA = Path(__file__).parent / "data"
 
@@ -128,6 +131,89 @@ def test_preservation_loss_gradients_z_and_banks_equal_the_released_code(
         close(frozen_bank.rows, g[f"memory_bank_after_{call}"])
     close(log_z[0].exp(), g["Z_bank_memory_vs_student"])
     close(log_z[1].exp(), g["Z_student_memory_vs_bank"])
+
+
+def load(projection: nn.Linear, weight: Tensor, bias: Tensor) -> None:
+    projection.load_state_dict({"weight": weight, "bias": bias})
+
+
+@pytest.mark.parametrize("name", ["ias_a.npz", "ias_b.npz"])
+def test_the_stage_1_term_equals_the_released_code(name: str, golden_folder: Path | None) -> None:
+    """The chunked loss with projection and bank, as training calls it."""
+    g = golden(golden_folder, name)
+    images, dim = g["memory_before"].shape
+    config = CTCConfig(
+        tau1=float(g["temperature"]), m1=float(g["momentum"]), dim1=dim, bank_dtype="fp64"
+    )
+    term = InstanceTerm(g["feat"].shape[1], images, config).double()
+    load(term.projection, g["weight"], g["bias"])
+    term.bank.rows.copy_(g["memory_before"])
+    for call in ("1", "2"):
+        f = leaf(g["feat"])
+        term.zero_grad()
+        loss = term(f, g["index"])
+        loss.backward()
+        term.update()
+        close(loss, g[f"loss_{call}"])
+        for gradient, key in (
+            (f.grad, "feat"), (term.projection.weight.grad, "weight"),
+            (term.projection.bias.grad, "bias"),
+        ):  # fmt: skip
+            close(gradient, g[f"grad_{key}_{call}"])
+        close(term.bank.rows, g[f"memory_after_{call}"])
+
+
+def negatives_of(listed: Tensor) -> Negatives:
+    """Return negatives that are listed for each image, B×K: stretches laid end to end."""
+    size, k = listed.shape
+    position = torch.arange(size * k, dtype=torch.float32)
+    start = torch.arange(size) * float(k)
+    count = torch.full((size,), k)
+    return Negatives(
+        listed.flatten(), torch.ones(size * k), position, torch.zeros(size), start, count.float(),
+        count, size * k,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["ips_a.npz", "ips_b.npz"])
+def test_the_stage_2_term_equals_the_released_code(
+    name: str, golden_folder: Path | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The chunked loss with projections, banks and Z, as training calls it, on given negatives."""
+    g = golden(golden_folder, name)
+    images, dim = g["memory_student_before"].shape
+    config = CTCConfig(
+        tau2=float(g["temperature"]), m2=float(g["momentum"]), dim2=dim,
+        num_negatives=int(g["num_negatives"]), bank_dtype="fp64",
+    )  # fmt: skip
+    network = nn.Linear(1, 1)
+    network.num_features = g["student_feat"].shape[1]  # type: ignore[assignment]
+    term = PreservationTerm(network, torch.arange(images) % 5, config).double()
+    load(term.projection, g["student_weight"], g["student_bias"])
+    load(term.frozen_projection, g["bank_weight"], g["bank_bias"])
+    term.bank.rows.copy_(g["memory_student_before"])
+    term.frozen_bank.rows.copy_(g["memory_bank_before"])
+    monkeypatch.setattr(term, "frozen_features", lambda _: g["bank_feat"])
+    monkeypatch.setattr(term, "draw", lambda *_: negatives_of(g["contrast_index"][:, 1:]))
+    for call in ("1", "2"):
+        f = leaf(g["student_feat"])
+        term.zero_grad()
+        loss = term(f, f, torch.zeros(len(f)), g["index"], int(call))
+        loss.backward()
+        term.update()
+        close(loss, g[f"loss_{call}"])
+        for gradient, key in (
+            (f.grad, "student_feat"),
+            (term.projection.weight.grad, "student_weight"),
+            (term.projection.bias.grad, "student_bias"),
+            (term.frozen_projection.weight.grad, "bank_weight"),
+            (term.frozen_projection.bias.grad, "bank_bias"),
+        ):
+            close(gradient, g[f"grad_{key}_{call}"])
+        close(term.bank.rows, g[f"memory_student_after_{call}"])
+        close(term.frozen_bank.rows, g[f"memory_bank_after_{call}"])
+    close(term.log_z[0].exp(), g["Z_bank_memory_vs_student"])
+    close(term.log_z[1].exp(), g["Z_student_memory_vs_bank"])
 
 
 def test_refreshed_banks_equal_the_released_code() -> None:

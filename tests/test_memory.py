@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pretrain.memory import MemoryBank, last_occurrence, padded_alike, refresh
+from pretrain.memory import MemoryBank, last_occurrence, refresh
 
 N, D = 12, 6
 
@@ -91,12 +91,6 @@ def test_refresh_fills_every_bank_and_leaves_absent_images() -> None:
     torch.testing.assert_close(banks[1].rows[done], second[done])
     rest = [i for i in range(N) if i not in done]
     assert torch.equal(banks[0].rows[rest], before[rest])
-
-
-def test_padding_is_none_on_one_rank() -> None:
-    batches = [(torch.tensor([1, 2]), unit(2, D)), (torch.tensor([3]), unit(1, D))]
-    padded = list(padded_alike(batches, torch.zeros(0, D)))
-    assert [index.tolist() for index, _ in padded] == [[1, 2], [3]]
 
 
 def test_an_unknown_dtype_is_refused() -> None:

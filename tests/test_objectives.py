@@ -19,11 +19,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.errors import InputError
+from pretrain import negatives as draws
 from pretrain.memory import DTYPES
-from pretrain.negatives import Windows
-from pretrain.objectives import CTC, CrossEntropy
+from pretrain.objectives import CTC, CrossEntropy, InstanceTerm, PreservationTerm
 from pretrain.recipe import CEConfig, CTCConfig, StageConfig
-from pretrain.terms import InstanceTerm, PreservationTerm
 from training.schedule import learning_rate
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -100,15 +99,11 @@ STAGE_TWO: list[dict[str, Any]] = [
     {"estimator": "infonce"},
     {"negatives": "shared"},
     {"negatives": "shared", "estimator": "infonce"},
-    {"replacement": "always"},
-    {"replacement": "never", "num_negatives": 30},
+    {"num_negatives": 30},  # as many as there are
     {"num_negatives": 60},  # more than there are: with replacement
     {"num_negatives": 0},
-    {"other_class_only": False},
-    {"other_class_only": False, "num_negatives": 0, "estimator": "infonce"},
+    {"num_negatives": 0, "estimator": "infonce"},
     {"pool": 20},
-    {"strata": 4},
-    {"z": "ema", "z_decay": 0.6},
 ]
 
 
@@ -135,14 +130,11 @@ def test_stage_two_equals_a_loop_over_images_and_negatives(changes: dict[str, An
     term = objective.term
     assert isinstance(term, PreservationTerm)
     z = [0.0, 0.0]
-    groups = LABELS if config.other_class_only else torch.arange(toy.N)
     for step in (0, 1, 2):
-        parts = term.drawer.draw(step, INDEX, groups[INDEX], term.groups)
-        negatives = torch.cat([part.listed() for part in parts], dim=1)
-        assert (groups[negatives] != groups[INDEX, None]).all()
-        with_others = config.num_negatives or int((groups != groups[0]).sum())
-        assert negatives.shape == (len(INDEX), with_others)
-        if config.replacement != "always" and config.num_negatives <= 30:
+        negatives = term.draw(LABELS[INDEX], step).listed()
+        assert (LABELS[negatives] != LABELS[INDEX, None]).all()
+        assert negatives.shape == (len(INDEX), config.num_negatives or 30)
+        if config.num_negatives <= 30:
             assert all(len(set(row)) == len(row) for row in negatives.tolist())
         if config.negatives == "shared":
             same = LABELS[INDEX] == LABELS[INDEX[0]]
@@ -159,8 +151,6 @@ def test_stage_two_equals_a_loop_over_images_and_negatives(changes: dict[str, An
             of_batch = toy.N * sum(map(sum, scores)) / sum(map(len, scores))
             z[number] = z[number] if step else of_batch
             expected += contrast_by_hand(scores, z[number], config.estimator)
-            if config.z == "ema":
-                z[number] = config.z_decay * z[number] + (1 - config.z_decay) * of_batch
         losses = forward(objective, step=step)
         assert float(losses["loss_ips"].detach()) == pytest.approx(expected, rel=1e-9)
         objective.after_step()
@@ -199,7 +189,7 @@ class NoHostReads(TorchDispatchMode):
 def test_on_a_device_a_step_reads_nothing_back_and_gives_the_same(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    """Windows are spread over chunks as on a GPU, where the host does not know them."""
+    """As on a GPU, where the host does not know which images a chunk of rows meets."""
     here = at_stage(1, small(**changes))
     for step in (0, 1):
         expected = forward(here, step=step)
@@ -207,7 +197,7 @@ def test_on_a_device_a_step_reads_nothing_back_and_gives_the_same(
     there = at_stage(1, small(**changes))
     forward(there, step=0)  # Z is known from here on
     there.after_step()
-    monkeypatch.setattr(Windows, "is_on_host", False)
+    monkeypatch.setattr(draws, "ON_HOST", ())
     with NoHostReads():
         losses = forward(there, step=1)
         sum(losses.values(), torch.zeros(())).backward()
@@ -356,7 +346,7 @@ def test_stages_are_built_from_the_seed_alone() -> None:
         assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("changes", [{}, {"z": "ema"}, {"estimator": "infonce"}])
+@pytest.mark.parametrize("changes", [{}, {"estimator": "infonce"}])
 def test_the_state_dict_is_all_that_the_next_step_depends_on(changes: dict[str, Any]) -> None:
     objective = at_stage(1, small(**changes))
     forward(objective)
@@ -373,29 +363,6 @@ def test_the_state_dict_is_all_that_the_next_step_depends_on(changes: dict[str, 
         resumed.after_step()
 
 
-def test_a_moving_z_follows_the_batches() -> None:
-    objective = at_stage(1, small(z="ema", z_decay=0.75))
-    fixed = at_stage(1, small())
-    logs = []
-    for step in (0, 1):
-        forward(objective, step=step)
-        logs.append(objective.state_dict()["term.log_z"].exp())
-        objective.after_step()
-    forward(fixed)
-    torch.testing.assert_close(logs[0], fixed.state_dict()["term.log_z"].exp())
-    # the first batch's own Z moves nothing: Z ← 0.75·Z + 0.25·Z
-    torch.testing.assert_close(logs[1], logs[0])
-    fresh = at_stage(1, small())
-    fresh.term.bank.storage.copy_(fixed.term.bank.storage)
-    fixed.after_step()
-    fresh.term.bank.storage.copy_(fixed.term.bank.storage)
-    fresh.term.frozen_bank.storage.copy_(fixed.term.frozen_bank.storage)
-    forward(fresh, step=1)  # its first batch: Z of step 1's negatives and the moved banks
-    of_second = fresh.state_dict()["term.log_z"].exp()
-    expected = 0.75 * logs[1] + 0.25 * of_second
-    torch.testing.assert_close(objective.state_dict()["term.log_z"].exp(), expected)
-
-
 def test_under_autocast_the_losses_stay_in_float32() -> None:
     for number in (0, 1):
         objective = CTC(toy.ToyNetwork(), LABELS, toy.SMALL)
@@ -408,7 +375,7 @@ def test_under_autocast_the_losses_stay_in_float32() -> None:
     term = objective.term
     assert isinstance(term, PreservationTerm)
     v, t = torch.nn.functional.normalize(torch.randn(2, 5, 5), dim=-1)
-    plain = term.contrast(v, t, LABELS[INDEX], INDEX, 0)
+    plain = term.loss(v, t, LABELS[INDEX], INDEX, 0)
     pooled = torch.randn(5, toy.ToyNetwork.num_features)
     first = at_stage(0, toy.SMALL).float()
     with torch.autocast("cpu", torch.bfloat16):
@@ -450,10 +417,7 @@ def test_ce_schedule_is_the_released_one() -> None:
         ({"tau2": 0.0}, "ctc.tau2 0.0 must be above 0"),
         ({"m1": 1.0}, "ctc.m1"),
         ({"pool": 5}, "ctc.pool 5 is smaller"),
-        ({"num_negatives": 31, "replacement": "never"}, "exceeds the 30 images"),
-        ({"strata": 13}, "13 strata"),
-        ({"strata": 46, "num_negatives": 60}, "ctc.strata 46 exceeds the 45 images"),
-        ({"strata": 7, "num_negatives": 30, "replacement": "never"}, "5 of the 4 images"),
+        ({"num_negatives": 2_000_000_000}, "ctc.num_negatives 2000000000"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], said: str) -> None:
@@ -506,12 +470,29 @@ def test_every_ranks_bank_is_identical_bit_for_bit(
             assert all(torch.equal(other[key], state[key]) for key in state)
 
 
-@pytest.mark.parametrize("run", ["nce_sharded", "shared_sharded"])
-def test_negatives_drawn_on_shards_make_the_loss_of_the_whole_bank(
+@pytest.mark.parametrize("run", [name for name, config in toy.RUNS.items() if config])
+def test_every_number_of_ranks_draws_the_same_negatives(
     on_ranks: dict[tuple[int, int], dict[str, Any]], run: str
 ) -> None:
-    for (ranks, _), results in on_ranks.items():
-        if ranks > 1:
-            checks = results[run]["checks"]
-            torch.testing.assert_close(checks["kernel"], checks["formula"], rtol=1e-9, atol=1e-9)
-            assert int(checks["negatives"]) == toy.RUNS[run].num_negatives
+    """Together the shards hold what the whole bank's draw lists, K for each image; no other row."""
+    expected = on_ranks[1, 0][run]["checks"]["negatives"]
+    assert expected.shape == (toy.B, toy.RUNS[run].num_negatives or 30)
+    for results in on_ranks.values():
+        assert torch.equal(results[run]["checks"]["negatives"], expected)
+
+
+@pytest.mark.parametrize("run", [name for name, config in toy.RUNS.items() if config])
+def test_negatives_of_many_ranks_make_the_loss_of_the_formula(
+    on_ranks: dict[tuple[int, int], dict[str, Any]], run: str
+) -> None:
+    for results in on_ranks.values():
+        checks = results[run]["checks"]
+        torch.testing.assert_close(checks["kernel"], checks["formula"], rtol=1e-9, atol=1e-9)
+
+
+def test_a_shard_of_a_large_pool_has_room_for_all_its_rows(
+    on_ranks: dict[tuple[int, int], dict[str, Any]],
+) -> None:
+    """Its size is bounded without asking the device, and no negative is lost by that."""
+    for results in on_ranks.values():
+        assert torch.equal(results["large pool"], torch.full((2,), toy.LARGE.num_negatives))

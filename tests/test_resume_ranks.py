@@ -18,7 +18,7 @@ from training import resume
 
 SECONDS = 100  # in which a run of 12 steps must have ended
 RECIPES = {
-    "replicated": ["ctc.bank_refresh", "true", "ctc.z", "ema"],
+    "replicated": ["ctc.bank_refresh", "true"],
     "sharded": ["ctc.bank_refresh", "true", "ctc.bank_sharding", "sharded"],
     "fp16": ["loop.amp", "fp16", "ctc.bank_dtype", "fp16"],  # has a scaler whose state counts
 }
