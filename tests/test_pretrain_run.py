@@ -192,7 +192,9 @@ def test_every_recipe_loads_and_the_released_ones_have_the_released_values() -> 
         plain, with_aa = recipes[name], recipes[f"{name}_aa"]
         augmentation = f"{plain.data.augmentation}_aa"
         assert with_aa == dataclasses.replace(
-            plain, data=dataclasses.replace(plain.data, augmentation=augmentation)
+            plain,
+            data=dataclasses.replace(plain.data, augmentation=augmentation),
+            version=with_aa.version,
         )
     for name in ("ce_imagenet", "ctc_imagenet"):
         assert (recipes[name].arch, recipes[name].data.augmentation) == ("resnet50", "imagenet")
