@@ -42,7 +42,9 @@ CTC = {
 }
 LOOP = {
     "batch_size": ["0", "49", *COUNT],
+    "optimizer": ["adagrad"],
     "momentum": ["1", *NEGATIVE],
+    "betas": ["5", "[0.9]", "[0.9, 1]", "[.nan, 0.9]"],
     "nesterov": SWITCH,
     "decay_norm_and_bias": SWITCH,
     "clip_grad_norm": NEGATIVE,
