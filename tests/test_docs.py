@@ -50,6 +50,16 @@ def said(values: Iterable[float | None], digits: int) -> str:
     return f"{statistics.fmean(numbers):.{digits}f} ± {statistics.stdev(numbers):.{digits}f}"
 
 
+def difference(values: list[float | None], base: list[float | None], digits: int) -> str:
+    """Return the mean difference of three seeds with its 95% t-interval, as the pages print it."""
+    steps = [a - b for a, b in zip(values, base, strict=True) if a is not None and b is not None]
+    assert len(steps) == 3
+    mean, half = statistics.fmean(steps), 4.302653 * statistics.stdev(steps) / 3**0.5
+    low, high = mean - half, mean + half
+    text = f"{mean:+.{digits}f} ({low:+.{digits}f} … {high:+.{digits}f})"
+    return text.replace("-", "−")
+
+
 def choose(
     rows: list[ResultRow], init: str, test: Callable[[ResultRow], bool]
 ) -> list[float | None]:
@@ -77,6 +87,21 @@ def test_the_transfer_table_is_that_of_its_rows() -> None:
         assert source == said(choose(rows, init, lambda r: r.step == "pretrain"), 2)
 
 
+def test_the_transfer_pages_intervals_follow_from_its_rows() -> None:
+    text = " ".join((DOCS / "subset/README.md").read_text().split())
+    for dataset in ("cifar10", "flowers17_128"):
+        ctc, ce = (
+            choose(
+                rows_of("subset"), init,
+                lambda r, d=dataset: r.protocol.startswith("finetune") and r.dataset == d,
+            )
+            for init in ("ctc", "ce_matched")
+        )  # fmt: skip
+        mean, _, interval = difference(ctc, ce, 1).partition(" (")
+        assert f"{mean.lstrip('−')} " in text
+        assert interval.rstrip(")") in text
+
+
 def test_the_detection_table_is_that_of_its_rows() -> None:
     rows = rows_of("detection")
     base = {m: choose(rows, "ce", lambda r, m=m: r.metric == m) for m in ("bbox/AP", "segm/AP")}
@@ -87,8 +112,7 @@ def test_the_detection_table_is_that_of_its_rows() -> None:
             values = choose(rows, init, lambda r, m=metric: r.metric == m)
             assert printed == said(values, 2)
             if init != "ce":
-                change = statistics.fmean(values) - statistics.fmean(base[metric])
-                assert delta.startswith(f"{change:+.2f} (".replace("-", "−"))
+                assert delta == difference(values, base[metric], 2)
         assert source == said(choose(rows, init, lambda r: r.step == "pretrain"), 1)
 
 
