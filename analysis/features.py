@@ -1,4 +1,4 @@
-"""What a run's network makes of a data set: features through ``models.features``, images as X.
+"""Features of a data set under a run's network (``models.features``), and its images as X.
 
 Shapes: ``N`` images, ``D`` embedding, ``S`` side of the network's images, ``s`` side of X.
 """

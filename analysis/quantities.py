@@ -20,6 +20,7 @@ from analysis.mutual_information import (
 )
 from analysis.retrieval import recall_at_1
 from core.errors import InputError
+from core.results import Measured
 from transfer.linear import LinearConfig, linear_probe
 
 PER_SPLIT = ("retrieval", "clustering", "companions")
@@ -47,20 +48,8 @@ class Information:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """One number, before it becomes a result row."""
-
-    metric: str
-    value: float
-    unit: str
-    split: str = ""  # "": the split that was asked for
-    selection: str = "last"
-    details: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
 def check(information: Information) -> None:
-    """Refuse values that cannot be.
+    """Validate the settings of information estimates.
 
     Raises:
         InputError: naming the key and what would be right.
@@ -94,7 +83,7 @@ def metrics_of(quantity: str, information: Information) -> list[str]:
 
 
 def information_metric(quantity: str, estimator: str) -> str:
-    """Return how rows name an information: MINE's has the plain name, others say theirs."""
+    """Return the metric of an estimator: MINE's has the plain name, others have their own added."""
     if quantity == "h_t":
         return "h_t_bound"
     return quantity if estimator == "mine" else f"{quantity}/{estimator}"
@@ -106,17 +95,17 @@ def measure_split(
     """Return the numbers of one of ``PER_SPLIT`` on N×D features."""
     if quantity == "retrieval":
         found = recall_at_1(features.to(device), labels)
-        return [Measured("recall@1", 100 * found, "%")]
+        return [Measured(100 * found, "recall@1")]
     if quantity == "clustering":
         clusters = cluster_nmi(features, labels, seeds)
         details = {
             "std": clusters.std, "values": clusters.values, "clusters": clusters.clusters,
             "normalisation": NORMALISATION,
         }  # fmt: skip
-        return [Measured("nmi", clusters.nmi, "1", details=details)]
+        return [Measured(clusters.nmi, "nmi", "1", details=details)]
     return [
-        Measured("effective_rank", effective_rank(features), "1"),
-        Measured("feature_norm", feature_norm(features), "1"),
+        Measured(effective_rank(features), "effective_rank", "1"),
+        Measured(feature_norm(features), "feature_norm", "1"),
     ]
 
 
@@ -137,8 +126,8 @@ def measure_probe(
         "converged": probe.fit.converged,
     }  # fmt: skip
     return [
-        Measured("linear/top1", probe.score, "%", "", HELD_OUT, details),
-        Measured("linear/top1", fitted, "%", "train", HELD_OUT, details),
+        Measured(probe.score, "linear/top1", selection=HELD_OUT, details=details),
+        Measured(fitted, "linear/top1", split="train", selection=HELD_OUT, details=details),
     ]
 
 
@@ -172,7 +161,7 @@ def _named(
     }  # fmt: skip
     if found.cap is not None:
         details["cap"] = found.cap  # log N: no estimate can pass it
-    return Measured(metric, found.nats, "nat", details=details)
+    return Measured(found.nats, metric, "nat", details=details)
 
 
 def _normalised(features: Tensor, config: LinearConfig) -> Tensor:

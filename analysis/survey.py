@@ -1,7 +1,7 @@
-"""What a run folder holds: epochs that can be read, and by name those that cannot.
+"""The saved epochs of a run folder: those that can be read, and the names of those that cannot.
 
 The schedule is read from the config in the checkpoints (or ``config.yaml``), so that an epoch
-that should be there and is not can be told from one that a training still has to write.
+that is missing is distinguished from one that a training has not written yet.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class Epoch:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """What a pretraining config says of its epochs; empty where it says nothing."""
+    """The epochs of a pretraining config; empty where they are unknown."""
 
     saved: tuple[int, ...] = ()  # epochs that get a checkpoint, ascending
     boundary: int | None = None  # last epoch of stage 1, where there is a stage 2
@@ -48,7 +48,7 @@ class Survey:
     schedule: Schedule
 
     def sentences(self) -> list[str]:
-        """Return a sentence for each kind of absence, with number and names."""
+        """Return a sentence for each kind of epoch that is not readable, with number and names."""
         said = []
         if self.missing:
             said.append(f"{_epochs(self.missing)} missing: {_listed(self.missing)}")
@@ -88,7 +88,7 @@ def survey(run: Path, every: int = 1) -> Survey:
         try:
             found = load_checkpoint(path).facts
             if found.epoch != number:
-                raise InputError(f"{path} says that it is epoch {found.epoch}")
+                raise InputError(f"{path} holds epoch {found.epoch}")
         except InputError as error:
             unreadable.append((path, str(error).removeprefix(f"{path} ")))
             continue
@@ -121,7 +121,7 @@ def schedule_of(config: dict[str, Any]) -> Schedule:
 
 
 def epoch_of(path: Path) -> int | None:
-    """Return the epoch that a checkpoint's file name tells, or None where it tells none."""
+    """Return the epoch in a checkpoint's file name, None if there is none."""
     digits = path.stem.removeprefix("epoch_")
     return int(digits) if path.stem.startswith("epoch_") and digits.isdigit() else None
 
@@ -130,7 +130,7 @@ def _schedule_beside(run: Path) -> Schedule:
     try:
         return schedule_of(read_yaml(run / "config.yaml"))
     except InputError:
-        return Schedule()  # the checkpoints may still tell
+        return Schedule()  # it may still be in the checkpoints
 
 
 def _wanted(number: int, every: int, schedule: Schedule, last: int) -> bool:

@@ -1,9 +1,10 @@
-"""A run over time: every quantity for every saved epoch, on source and targets, as result rows.
+"""A timeline: every quantity for every saved epoch of a run, on source and targets, as rows.
 
 Shapes: ``N`` images of a split, ``D`` embedding, ``n`` pairs of an information estimate.
 """
 
 import dataclasses
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,6 @@ from analysis.quantities import (
     PER_SPLIT,
     QUANTITIES,
     Information,
-    Measured,
     check,
     measure_information,
     measure_probe,
@@ -30,8 +30,18 @@ from analysis.survey import Epoch, Survey, survey
 from core import dist
 from core.config import to_dict
 from core.errors import InputError
-from core.identity import changed_keys, data_digest, done, protocol_name, recipe_hash
-from core.results import ROWS_FILE, ResultRow, append_rows, read_rows
+from core.identity import (
+    Identity,
+    changed_keys,
+    check_version,
+    data_digest,
+    done,
+    identity,
+    protocol_name,
+    recipe_hash,
+)
+from core.progress import format_seconds
+from core.results import ROWS_FILE, Measured, ResultRow, append_rows, read_rows
 from data.datasets import DataConfig, IndexedDataset, report_split
 from models.checkpoint import Checkpoint, load_checkpoint
 from transfer.linear import LinearConfig
@@ -41,7 +51,7 @@ ALL = "all"  # the split that is train and test together
 
 @dataclasses.dataclass(frozen=True)
 class TimelineConfig:
-    """Which quantities, on which data."""
+    """Quantities and data of a timeline."""
 
     version: int = 1  # of the protocol: raised when what it computes changes
     source: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(name=""))  # "": run's
@@ -57,7 +67,7 @@ class TimelineConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """One thing to measure for each epoch."""
+    """A quantity on a split, to be measured for each epoch."""
 
     quantity: str
     place: int  # 0: the source; from 1 on: the targets
@@ -65,7 +75,7 @@ class Unit:
 
 
 class Timeline:
-    """A run, its data sets, and what is measured already.
+    """A run, its data sets, and its measurements.
 
     Args:
         protocol: how rows name the recipe.
@@ -85,13 +95,13 @@ class Timeline:
         init: str = "",
         recipe: TimelineConfig | None = None,
     ) -> None:
+        check_version(config.version)
         check(config.information)
         unknown = [name for name in config.quantities if name not in QUANTITIES]
         if unknown or not config.quantities:
             known = ", ".join(QUANTITIES)
             raise InputError(f"quantities names {unknown or 'nothing'}; known are {known}")
         self.run, self.config, self.protocol = run, config, protocol
-        self.named_recipe = recipe or config
         self.survey: Survey = survey(run, config.every)
         self.facts = self.survey.facts
         self.init = init or self.facts.method
@@ -103,20 +113,26 @@ class Timeline:
             if len(splits) < 2:
                 raise InputError(
                     f"{next(iter(splits.values())).name} has a train split only, on which a probe "
-                    "is not to be judged: leave probe out of quantities, or hold a part out with "
+                    "cannot be evaluated: leave probe out of quantities, or hold a part out with "
                     "data.val_fraction"
                 )
         self.names = [next(iter(splits.values())).name for splits in self.datasets]
         if len(set(self.names)) < len(self.names):
             raise InputError(f"data sets must differ, but the config names {', '.join(self.names)}")
         self.units = list(self._units())
+        self.recipes = {  # hash, and the keys that differ from the named recipe
+            unit: (
+                recipe_hash(own := self._recipe(config, unit)),
+                changed_keys(own, self._recipe(recipe or config, unit)),
+            )
+            for unit in self.units
+        }
         self._sides: dict[Any, Tensor] = {}  # X and T1, which all epochs share
 
     def todo(self) -> list[tuple[Epoch, Unit]]:
-        """Return what no row holds yet: same weights, same config; epoch by epoch."""
-        path = self.run / ROWS_FILE
+        """Return the measurements without a row, epoch by epoch."""
         rows: dict[str, list[ResultRow]] = {}
-        for row in read_rows(path) if path.is_file() else ():
+        for row in self._rows():
             rows.setdefault(row.weights, []).append(row)
         return [
             (epoch, unit)
@@ -125,6 +141,21 @@ class Timeline:
             if not (unit.quantity == "h_t" and self.reference() is None)
             and not done(rows.get(epoch.sha256, ()), self.wanted(epoch, unit))
         ]
+
+    def expected_seconds(self, todo: Sequence[tuple[Epoch, Unit]]) -> float | None:
+        """Return how long ``todo`` takes by the rows of other epochs; None until all are timed."""
+        timed: dict[Identity, list[float]] = {}
+        for row in self._rows():
+            if "seconds" in row.details:
+                timed.setdefault(identity(row), []).append(float(row.details["seconds"]))
+        units = [identity(self.wanted(epoch, unit)[0]) for epoch, unit in todo]
+        if not all(unit in timed for unit in units):
+            return None
+        return sum(statistics.fmean(timed[unit]) for unit in units)
+
+    def _rows(self) -> list[ResultRow]:
+        path = self.run / ROWS_FILE
+        return read_rows(path) if path.is_file() else []
 
     def reference(self) -> Epoch | None:
         """Return the epoch whose features are T1, or None where it is not there (yet)."""
@@ -135,7 +166,7 @@ class Timeline:
         return next((epoch for epoch in self.survey.epochs if epoch.number == wanted), None)
 
     def work(self) -> Iterator[list[ResultRow]]:
-        """Measure what is to do; after each measurement its rows are appended, then yielded."""
+        """Measure what ``todo`` lists; after each measurement append its rows, then yield them."""
         todo = self.todo()
         together = self.config.information.epochs_at_once if self.device.type == "cuda" else 1
         order = list(dict.fromkeys(epoch for epoch, _ in todo))
@@ -238,14 +269,14 @@ class Timeline:
 
     def _units(self) -> Iterator[Unit]:
         for place, splits in enumerate(self.datasets):
-            judged = list(splits)[-1]
-            wanted = {"train": "train", "test": judged, ALL: ALL}[self.config.information.split]
+            reported = list(splits)[-1]
+            wanted = {"train": "train", "test": reported, ALL: ALL}[self.config.information.split]
             for quantity in self.config.quantities:
                 if quantity in PER_SPLIT:
-                    for split in splits if place == 0 else [judged]:
+                    for split in splits if place == 0 else [reported]:
                         yield Unit(quantity, place, split)
                 else:
-                    yield Unit(quantity, place, wanted if quantity in INFORMATION else judged)
+                    yield Unit(quantity, place, wanted if quantity in INFORMATION else reported)
 
     def wanted(self, epoch: Epoch, unit: Unit) -> list[ResultRow]:
         """Return a unit's rows on the split that was asked for, without values."""
@@ -258,12 +289,11 @@ class Timeline:
     def _unmeasured(
         self, epoch: Epoch, unit: Unit, split: str, metric: str, of_unit: str, selection: str
     ) -> ResultRow:
-        """Return a row with all that tells it apart, and no value."""
+        """Return a row with its identity and without a value."""
         splits = self.datasets[unit.place]
         evaluated = splits.values() if split == ALL else [splits[split]]
         learned = [splits["train"]] if unit.quantity == "probe" else []
-        recipe = self._recipe(self.config, unit)
-        changed = changed_keys(recipe, self._recipe(self.named_recipe, unit))
+        recipe, changed = self.recipes[unit]
         return ResultRow(
             step="analysis",
             protocol=protocol_name(self.protocol, changed),
@@ -278,7 +308,7 @@ class Timeline:
             selection=selection,
             weights=epoch.sha256,
             weights_path=str(epoch.path),
-            config=recipe_hash(recipe),
+            config=recipe,
             data=data_digest([s.digest for s in learned], [s.digest for s in evaluated]),
             version=self.config.version,
             run=str(self.run),
@@ -328,7 +358,7 @@ class Timeline:
 
 
 def summary(timeline: Timeline, todo: Sequence[tuple[Epoch, Unit]]) -> list[str]:
-    """Return in sentences what is there, what is not, and what there is to do."""
+    """Return sentences on the run's epochs and on the measurements to do."""
     epochs = timeline.survey.epochs
     pairs = len(epochs) * len(timeline.units)
     said = [
@@ -337,6 +367,10 @@ def summary(timeline: Timeline, todo: Sequence[tuple[Epoch, Unit]]) -> list[str]
         f"{', '.join(timeline.names)}: {len(todo)} measurements to do of {pairs}",
         *timeline.survey.sentences(),
     ]
+    if todo:
+        seconds = timeline.expected_seconds(todo)
+        known = "known after the first epoch" if seconds is None else format_seconds(seconds)
+        said.append(f"expected time: {known}")
     if "h_t" in timeline.config.quantities and timeline.reference() is None:
         said.append("H(T) waits: the epoch that information.reference_epoch means is not there yet")
     return said
@@ -350,11 +384,11 @@ def _open(config: DataConfig, checkpoint: Checkpoint) -> dict[str, IndexedDatase
 
 
 def _source(config: TimelineConfig, checkpoint: Checkpoint) -> DataConfig:
-    """Return the source data: as configured, or those that the run says it was trained on."""
+    """Return the source data: as configured, or those that the run was trained on."""
     if config.source.name:
         return config.source
     known = {field.name for field in dataclasses.fields(DataConfig)}
     content = checkpoint.facts.config.get("data")
     if not isinstance(content, dict):
-        raise InputError(f"{checkpoint.path} does not say what it was trained on: set source.name")
+        raise InputError(f"{checkpoint.path} does not record its training data: set source.name")
     return DataConfig(**{key: value for key, value in content.items() if key in known})

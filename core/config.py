@@ -43,6 +43,28 @@ def find_config(name: str | Path, folder: str = "") -> Path:
     raise InputError(f"config {str(name)!r} is neither a file here nor under {CONFIG_DIR}{hint}")
 
 
+def recipe_and_data(name: str, folder: str) -> tuple[Path, str]:
+    """Return the config that ``name`` means, and the data set if the name says that too.
+
+    ``transfer/cub200_finetune_448.yaml`` means ``transfer/finetune_448.yaml`` on cub200; the name
+    ``X_finetune`` means ``X.yaml`` where data set X has a recipe of its own.
+
+    Raises:
+        InputError: as ``find_config``.
+    """
+    try:
+        return find_config(name, folder), ""
+    except InputError:
+        recipes = [path.stem for path in (CONFIG_DIR / folder).glob("*.yaml")]
+        ends = [recipe for recipe in recipes if Path(name).stem.endswith(f"_{recipe}")]
+        if not ends or str(Path(name).parent) not in (".", folder):
+            raise
+    recipe = max(ends, key=len)
+    data = Path(name).stem.removesuffix(f"_{recipe}")
+    own = shipped_config(data, folder) if recipe == "finetune" else None
+    return own or CONFIG_DIR / folder / f"{recipe}.yaml", data
+
+
 def shipped_config(name: str, folder: str) -> Path | None:
     """Return ``configs/FOLDER/NAME.yaml``, None where this suite has no such recipe.
 

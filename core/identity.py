@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from core.errors import InputError
+
 if TYPE_CHECKING:
     from core.results import ResultRow
 
@@ -65,6 +67,10 @@ NEUTRAL = (
     "TEST.EXPECTED_RESULTS",
 )
 
+# Keys that were added after rows had been written, with the value that computes what was computed
+# before. At that value they are left out of the hash, so that rows of before and after meet.
+ADDED: dict[str, Any] = {}
+
 
 def is_neutral(key: str) -> bool:
     """Whether no number depends on a dotted key: ``data.root``, ``targets.0.workers``, ``SEED``."""
@@ -84,7 +90,11 @@ def effective(recipe: Mapping[str, Any]) -> dict[str, Any]:
         recipe: resolved, as nested mappings or dotted keys; only the groups that are read: a
             cross-entropy run does not depend on ``ctc``.
     """
-    return {key: value for key, value in _leaves(recipe) if not is_neutral(key)}
+    return {
+        key: value
+        for key, value in _leaves(recipe)
+        if not is_neutral(key) and not (key in ADDED and value == ADDED[key])
+    }
 
 
 def recipe_hash(recipe: Mapping[str, Any]) -> str:
@@ -107,6 +117,12 @@ def protocol_name(name: str, changed: Mapping[str, Any]) -> str:
     Equal changes share a name, and none of them that of the unchanged protocol.
     """
     return f"{name}+{recipe_hash(changed)[:6]}" if changed else name
+
+
+def check_version(version: int) -> None:
+    """Raise InputError unless a protocol's version is 1 or more (0 is that of unknown rows)."""
+    if version < 1:
+        raise InputError(f"version is {version}; a protocol's version is 1 or more")
 
 
 def data_digest(learned: Sequence[str], evaluated: Sequence[str]) -> str:

@@ -58,6 +58,19 @@ class ResultRow:
             raise ValueError(f"{self.metric} is {self.value}: a row holds a finite value or None")
 
 
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A number before it is a row: what its method knows of it; "" where that is for all alike."""
+
+    value: float
+    metric: str = ""
+    unit: str = "%"
+    protocol: str = ""
+    split: str = ""
+    selection: str = "last"
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
 def stamp(row: ResultRow) -> ResultRow:
     """Return the row with ``time`` and ``code`` filled in where they are empty."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

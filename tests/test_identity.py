@@ -50,6 +50,15 @@ def test_a_recipe_hash_depends_on_what_is_computed_alone() -> None:
     assert identity.recipe_hash(recipe) == identity.recipe_hash(identity.effective(recipe))
 
 
+def test_a_key_added_later_leaves_the_hash_at_the_value_that_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = identity.recipe_hash({"loop": {"lr": 0.1}})
+    monkeypatch.setattr(identity, "ADDED", {"loop.ema": False})
+    assert identity.recipe_hash({"loop": {"lr": 0.1, "ema": False}}) == before
+    assert identity.recipe_hash({"loop": {"lr": 0.1, "ema": True}}) != before
+
+
 def test_changed_keys_are_named_also_those_that_only_the_old_recipe_has() -> None:
     new = {"lr": 0.1, "sizes": (1, 2), "seed": 1}
     old = {"lr": 0.2, "sizes": [1, 2], "seed": 2, "clip": 1.0}

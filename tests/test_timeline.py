@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from analysis import timeline as timeline_module
-from analysis.costs import expected_cost
 from analysis.features import Extraction
 from analysis.mutual_information import RELEASED_XT, Settings
-from analysis.quantities import QUANTITIES, Information, measure_information
+from analysis.quantities import Information, measure_information
 from analysis.retrieval import recall_at_1
 from analysis.survey import schedule_of, survey
 from analysis.timeline import Timeline, TimelineConfig, summary
@@ -25,7 +23,7 @@ from core.config import load_config
 from core.errors import InputError
 from core.files import locked
 from core.results import ResultRow, read_rows
-from data.datasets import DataConfig, IndexedDataset
+from data.datasets import DataConfig
 from models.checkpoint import Facts, save_checkpoint
 from models.resnet import create_model
 from report.timeline import gather
@@ -305,53 +303,26 @@ def test_several_epochs_at_once_give_what_each_gives_alone() -> None:
         assert [m.value for m in found] == pytest.approx([m.value for m in alone], abs=2e-4)
 
 
-def test_time_is_told_before_the_start_and_from_the_rows_once_there_are_some(
+def test_the_expected_time_is_that_of_the_epochs_measured_so_far(
     tmp_path: Path, tiny_npz: Path, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    write_epoch(run, 0, tiny_npz)
-    write_epoch(run, 1, tiny_npz)
-    timeline = Timeline(run, quick(target), "tiny")
-    cost = expected_cost(timeline, timeline.todo())
-    assert set(cost.quantities) == set(QUANTITIES) - {"h_t"}  # its reference is not there yet
-    assert all(seconds > 0 for seconds in cost.quantities.values())
-    assert cost.features > 0
-    half = expected_cost(timeline, [pair for pair in timeline.todo() if pair[0].number == 0])
-    assert half.quantities["mi_xt"] < cost.quantities["mi_xt"]
+    for epoch in (0, 1, 2):
+        write_epoch(run, epoch, tiny_npz)
+    timeline = Timeline(run, quick(target, quantities=["companions"]), "tiny")
+    assert timeline.expected_seconds(timeline.todo()) is None
+    assert summary(timeline, timeline.todo())[-1] == "expected time: known after the first epoch"
     clock = iter(range(0, 10_000, 5))
     monkeypatch.setattr(timeline_module.time, "monotonic", lambda: float(next(clock)))
-    only = Timeline(run, quick(target, quantities=["companions"]), "tiny")
-    next(only.work())
-    next(only.work())
-    monkeypatch.undo()
-    told = expected_cost(only, only.todo())
-    assert told.quantities["companions"] >= 5 * 2  # two measured units again for epoch 1
-
-
-def test_the_expected_time_counts_reading_and_each_data_sets_own_images(
-    tmp_path: Path, tiny_npz: Path, target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A target that takes 10 ms an image to read, 72 images, 2 epochs; half with two workers."""
-    run = tmp_path / "run"
-    write_epoch(run, 0, tiny_npz)
-    write_epoch(run, 1, tiny_npz)
-    config = quick(target, quantities=["probe"])
-    timeline = Timeline(run, config, "tiny")
-    before = expected_cost(timeline, timeline.todo()).features
-    slow = IndexedDataset.__getitem__
-
-    def read(dataset: IndexedDataset, key: Any) -> Any:
-        time.sleep(0.01 if dataset.name == "elsewhere" else 0)
-        return slow(dataset, key)
-
-    monkeypatch.setattr(IndexedDataset, "__getitem__", read)
-    after = expected_cost(timeline, timeline.todo()).features
-    assert after > 2 * 72 * 0.01
-    assert after > before
-    shared = dataclasses.replace(config, features=Extraction(workers=2, cache=False))
-    helped = expected_cost(Timeline(run, shared, "tiny"), timeline.todo()).features
-    assert helped > 72 * 0.01
-    assert helped < after
+    work = timeline.work()
+    for _ in timeline.units:  # of the first epoch: source train, source test, target
+        next(work)
+    todo = timeline.todo()
+    assert len(todo) == 6  # of two epochs
+    seconds = {(row.dataset, row.split): row.details["seconds"] for row in timeline._rows()}
+    assert min(seconds.values()) > 0
+    assert timeline.expected_seconds(todo) == 2 * sum(seconds.values())
+    assert summary(timeline, todo)[-1].startswith("expected time: ")
 
 
 @pytest.mark.parametrize(

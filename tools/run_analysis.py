@@ -57,11 +57,10 @@ def main() -> int:
 
 def walk(run: Path, arguments: argparse.Namespace) -> bool:
     """Measure one run; return whether epochs were missing or unreadable."""
-    from analysis.costs import expected_cost
     from analysis.timeline import Timeline, TimelineConfig, summary
     from core.config import InputError, find_config, load_config, shipped_config
     from core.files import locked
-    from core.progress import Progress, format_seconds
+    from core.progress import Progress
 
     name = find_config(arguments.config, "analysis")
     try:
@@ -74,11 +73,6 @@ def walk(run: Path, arguments: argparse.Namespace) -> bool:
     timeline = Timeline(run, config, name.stem, arguments.init, named)
     todo = timeline.todo()
     print("\n".join(summary(timeline, todo)), flush=True)
-    if todo:
-        cost = expected_cost(timeline, todo)
-        parts = {"features": cost.features} | cost.quantities
-        said = ", ".join(f"{key} {format_seconds(value)}" for key, value in parts.items())
-        print(f"expected time {format_seconds(cost.total)} ({said})", flush=True)
     if todo and not arguments.dry_run:
         lock = locked(run, "another analysis", ".analysis.lock")  # a training may hold its own
         with lock, Progress(len(todo), f"analysis {run.name}") as bar:
