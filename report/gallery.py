@@ -52,7 +52,7 @@ class Strip:
 
 @dataclasses.dataclass(frozen=True)
 class Gallery:
-    """The strips, the score from which predictions are drawn, and what is to be said about it."""
+    """The strips, the score from which predictions are drawn, and a note on both."""
 
     strips: tuple[Strip, ...]
     score: float
@@ -82,11 +82,11 @@ def draw_gallery(runs: Sequence[Run], labels: dict[str, str], images: int, score
         labels: initialisation → words under its pictures; also their order.
         images: how many, evenly spaced over the images that show 2 to 8 objects.
         score: predictions below it are not drawn; where nothing at all reaches it, 3/4 of the
-            highest score takes its place, for all initialisations alike, and the note says so.
+            highest score takes its place, for all initialisations alike, with a note.
     """
     drawable = _one_per_init(runs, labels)
     if not drawable:
-        return Gallery((), score, "No run keeps its detections and where its images lie.")
+        return Gallery((), score, "No run has both its detections and the place of its images.")
     first = drawable[0].dataset or {}
     try:
         truth = _read_truth(Path(first["json"]), Path(first["images"]))

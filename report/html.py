@@ -21,13 +21,13 @@ from report.sections import (
     CurveGroup,
     class_tables,
     curve_groups,
-    judged_groups,
+    evaluated_groups,
     precision_groups,
     provenance,
     published_elsewhere,
 )
 from report.tables import Options, Table, build_tables, heading, short_code
-from report.timeline import Course, axis, courses, gather, is_timeline, to_csv
+from report.timeline import CurveSummary, axis, gather, is_timeline, summaries, to_csv
 from report.timeline_figures import draw
 
 HEADINGS = {"time": "seconds per iteration", "data_time": "of these waiting for data, seconds"}
@@ -35,7 +35,7 @@ HEADINGS = {"time": "seconds per iteration", "data_time": "of these waiting for 
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """What a page says beyond its rows."""
+    """The settings and texts of a page, beside its rows."""
 
     title: str = "Transfer report"
     description: str = ""
@@ -99,7 +99,7 @@ def render(runs: Sequence[Run], tables: Sequence[Table], folder: Path, page: Pag
     environment.globals.update(formats=formats, heading=html_heading, short_code=short_code)
     single = [table for table in tables if not table.name]
     now = datetime.datetime.now(datetime.UTC)
-    judged = judged_groups(runs, single)
+    evaluated = evaluated_groups(runs, single)
     codes = sorted({row.code for row in rows})
     return environment.get_template("report.html.j2").render(
         page=page,
@@ -112,8 +112,8 @@ def render(runs: Sequence[Run], tables: Sequence[Table], folder: Path, page: Pag
         curves=_drawn(curve_groups(runs), style, labels, keep),
         provenance=provenance(runs, labels),
         configs=[(f"{r.path.parent.name}/{r.path.name}", r.config) for r in runs if r.config],
-        classes=class_tables(judged, labels),
-        precision=_drawn(precision_groups(judged), style, labels, keep),
+        classes=class_tables(evaluated, labels),
+        precision=_drawn(precision_groups(evaluated), style, labels, keep),
         published=published_elsewhere(single, page.options.references),
     )
 
@@ -219,7 +219,7 @@ def _timelines(
     labels: dict[str, str],
     keep: _FigureKeeper,
 ) -> list[dict[str, Any]]:
-    """Return, per protocol of a timeline, its figures with their captions, and its courses."""
+    """Return, per protocol of a timeline, its figures with their captions, and its summaries."""
     if not any(map(is_timeline, rows)):
         return []
     views = []
@@ -228,13 +228,13 @@ def _timelines(
         for one in draw(data, style):
             name = "".join(c if c.isalnum() else "-" for c in f"timeline-{protocol}-{one.name}")
             figures.append((keep.keep(one.figure, name.lower(), one.description), one.description))
-        lines = [_course(course, data.name(course.dataset)) for course in courses(data)]
-        view = {"title": protocol, "figures": figures, "courses": lines, "notes": data.notes}
+        lines = [_summary_line(course, data.name(course.dataset)) for course in summaries(data)]
+        view = {"title": protocol, "figures": figures, "summaries": lines, "notes": data.notes}
         views.append(view)
     return views
 
 
-def _course(course: Course, place: str) -> dict[str, Any]:
+def _summary_line(course: CurveSummary, place: str) -> dict[str, Any]:
     """Return a course as words and numbers; three decimals below 10, else two."""
     decimals = 3 if max(abs(course.highest[1]), abs(course.last[1])) < 10 else 2
     several = len(course.seeds) > 1

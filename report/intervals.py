@@ -18,7 +18,7 @@ def read_intervals(folders: Iterable[str | Path]) -> tuple[ResultRow, ...]:
     """Return the rows of every ``bootstrap.jsonl`` in or below the folders, the newest of each.
 
     Raises:
-        InputError: a row says no baseline, metric or interval.
+        InputError: a row has no baseline, metric or interval.
     """
     files = {path for folder in folders for path in Path(folder).rglob(INTERVALS_FILE)}
     rows = []
@@ -34,7 +34,7 @@ def with_intervals(table: Table, rows: Sequence[ResultRow]) -> Table:
     """Return the table with the intervals that belong to its Δ, and what they mean in its notes.
 
     An interval belongs to a Δ when both are the same number of the same place: that of other
-    detections or other trials is left out, and a note says so.
+    detections or other trials is left out with a note.
     """
     place = (table.protocol, table.dataset, table.split, table.selection, table.baseline)
     own = [row for row in rows if (*_place(row), row.details["baseline"]) == place]
@@ -88,7 +88,7 @@ def _meaning(row: ResultRow) -> str:
     more = (
         " and of the pairs of trials of one seed"
         if several
-        else "; of the spread over seeds, one trial says nothing"
+        else "; the spread over seeds is not in it, since there is one trial"
     )
     return (
         f"In brackets: {100 * row.details['level']:g}% interval of Δ from "

@@ -69,7 +69,7 @@ class _Column:
 def overviews(tables: Sequence[Table], options: Options) -> list[Table]:
     """Return the tables that join others: none where a kind has a single table."""
     columns = [_Column(t, m) for t in tables if t.unit == UNIT for m in t.delta_columns]
-    judged = [c for c in columns if c.table.step in ("detection", "transfer")]
+    evaluated = [c for c in columns if c.table.step in ("detection", "transfer")]
     source = [c for c in columns if c.table.step == "pretrain" and c.metric == "top1"]
     kinds: list[tuple[str, Callable[[_Column], bool], list[_Column]]] = [
         ("All initialisations", lambda column: not column.is_minor, source),
@@ -77,7 +77,7 @@ def overviews(tables: Sequence[Table], options: Options) -> list[Table]:
     ]
     joined = []
     for name, belongs, more in kinds:
-        chosen = [column for column in judged if belongs(column)]
+        chosen = [column for column in evaluated if belongs(column)]
         if len({id(column.table) for column in chosen}) > 1:
             joined.append(_join(name, [*chosen, *more], options))
     return joined

@@ -64,7 +64,7 @@ class Reference:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """What a measurement and a published row must share to stand in one table."""
+    """The fields that a measurement and a published row must share to stand in one table."""
 
     step: str
     protocol: str
@@ -99,7 +99,7 @@ def load_reference(path: Path = REFERENCE_FILE) -> Reference:
 def beside(
     place: Place, reference: Reference, names: Sequence[str] = ()
 ) -> tuple[list[tuple[PublishedTable, PublishedRow]], str]:
-    """Return the published rows of exactly this place, or none and a sentence that says why.
+    """Return the published rows of exactly this place, or none and the reason in a sentence.
 
     Args:
         names: the published tables to look in; empty for all.
@@ -120,7 +120,7 @@ def beside(
     known = "; ".join(f"{', '.join(dict.fromkeys(n))} {data}" for data, n in where.items())
     return [], (
         f"No published numbers stand beside this table: none are of {place.protocol} on "
-        f"{place.dataset} ({place.split}). Those that we know are of {known}."
+        f"{place.dataset} ({place.split}). Known ones are of {known}."
     )
 
 

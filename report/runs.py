@@ -13,7 +13,7 @@ from core.results import ROWS_FILE, ResultRow, is_set_aside, read_rows
 
 LOG, METRICS = "log.jsonl", "metrics.json"
 DETECTIONS = ("coco_instances_results.json", "inference/coco_instances_results.json")
-JUDGED = ("coco_metrics.json", "inference/coco_metrics.json")
+EVALUATIONS = ("coco_metrics.json", "inference/coco_metrics.json")
 CONFIGS = ("config.yaml", "config.json")
 
 Curve = list[tuple[float, float]]  # (x, value), ascending in x
@@ -30,7 +30,7 @@ class Run:
     config: str  # the resolved config, as text
     dataset: dict[str, Any] | None  # {"json", "images", "classes"} of the evaluated images
     detections: Path | None  # coco_instances_results.json
-    judged: dict[str, Any]  # coco_metrics.json: per task, AP per class and curves
+    evaluation: dict[str, Any]  # coco_metrics.json: per task, AP per class and curves
 
     @property
     def init(self) -> str:
@@ -83,7 +83,9 @@ def read_run(folder: str | Path) -> Run:
         config=config.read_text(encoding="utf-8", errors="replace") if config else "",
         dataset=_read_dataset(path / "dataset.json"),
         detections=next((path / name for name in DETECTIONS if (path / name).is_file()), None),
-        judged=next((_read_judged(path / name) for name in JUDGED if (path / name).is_file()), {}),
+        evaluation=next(
+            (_read_evaluation(path / name) for name in EVALUATIONS if (path / name).is_file()), {}
+        ),
     )
 
 
@@ -109,8 +111,8 @@ def read_curves(path: Path) -> dict[str, Curve]:
     return {key: sorted(curve.items()) for key, curve in points.items()}
 
 
-def _read_judged(path: Path) -> dict[str, Any]:
-    """Return what coco_metrics.json says of each task that has classes and curves."""
+def _read_evaluation(path: Path) -> dict[str, Any]:
+    """Return the tasks of coco_metrics.json that have classes and curves."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
@@ -122,7 +124,7 @@ def _read_judged(path: Path) -> dict[str, Any]:
 
 
 def _read_dataset(path: Path) -> dict[str, Any] | None:
-    """Return what dataset.json says, None where it is missing or not of the expected form."""
+    """Return the content of dataset.json, None where it is missing or malformed."""
     if not path.is_file():
         return None
     try:

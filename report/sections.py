@@ -1,4 +1,4 @@
-"""What a page shows beside its tables: curves, provenance, classes, published numbers."""
+"""The sections of a page beside its tables: curves, provenance, classes, published numbers."""
 
 import dataclasses
 import statistics
@@ -65,7 +65,7 @@ def provenance(runs: Sequence[Run], labels: dict[str, str]) -> list[dict[str, An
 
 
 @dataclasses.dataclass(frozen=True)
-class Judged:
+class Evaluated:
     """Runs of one detection table that keep AP per class and curves, for one task."""
 
     title: str  # the table's
@@ -73,7 +73,7 @@ class Judged:
     runs: tuple[tuple[str, dict[str, Any]], ...]  # (initialisation, its part of coco_metrics.json)
 
 
-def judged_groups(runs: Sequence[Run], tables: Sequence[Table]) -> list[Judged]:
+def evaluated_groups(runs: Sequence[Run], tables: Sequence[Table]) -> list[Evaluated]:
     """Return, per detection table and task, the trials that its lines are made of."""
     groups = []
     for table in tables:
@@ -81,19 +81,19 @@ def judged_groups(runs: Sequence[Run], tables: Sequence[Table]) -> list[Judged]:
             continue
         counted = {id(row) for line in table.lines for row in line.rows}
         own = [run for run in runs if any(id(row) in counted for row in run.rows)]
-        for task in dict.fromkeys(task for run in own for task in run.judged):
-            found = [(run.init, run.judged[task]) for run in own if task in run.judged]
-            groups.append(Judged(table.title, FAMILIES.get(task, task), tuple(found)))
+        for task in dict.fromkeys(task for run in own for task in run.evaluation):
+            found = [(run.init, run.evaluation[task]) for run in own if task in run.evaluation]
+            groups.append(Evaluated(table.title, FAMILIES.get(task, task), tuple(found)))
     return groups
 
 
-def class_tables(groups: Sequence[Judged], labels: dict[str, str]) -> list[dict[str, Any]]:
+def class_tables(groups: Sequence[Evaluated], labels: dict[str, str]) -> list[dict[str, Any]]:
     """Return AP per class and initialisation, a mean over trials."""
     views = []
     for group in groups:
         values: dict[str, dict[str, list[float]]] = {}
-        for init, judged in group.runs:
-            for name, value in judged["per_class"].items():
+        for init, evaluation in group.runs:
+            for name, value in evaluation["per_class"].items():
                 found = values.setdefault(name, {}).setdefault(init, [])
                 if value is not None:
                     found.append(value)
@@ -106,16 +106,16 @@ def class_tables(groups: Sequence[Judged], labels: dict[str, str]) -> list[dict[
     return views
 
 
-def precision_groups(groups: Sequence[Judged]) -> list[CurveGroup]:
+def precision_groups(groups: Sequence[Evaluated]) -> list[CurveGroup]:
     """Return, per table, precision over recall at each IoU: a mean over classes, then trials."""
     merged: dict[str, dict[str, list[tuple[str, Curve]]]] = {}
     for group in groups:
         found: dict[str, dict[str, list[list[float]]]] = {}
         recall: list[float] = []
-        for init, judged in group.runs:
-            for iou, precision in judged["precision"].items():
-                if len(precision) == len(judged["recall"]) > 1:
-                    recall = judged["recall"]
+        for init, evaluation in group.runs:
+            for iou, precision in evaluation["precision"].items():
+                if len(precision) == len(evaluation["recall"]) > 1:
+                    recall = evaluation["recall"]
                     found.setdefault(iou, {}).setdefault(init, []).append(precision)
         for iou, by_init in found.items():
             key = f"{group.family} precision, IoU {float(iou):.2f}"

@@ -33,7 +33,7 @@ PLAIN_NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a table should show; the defaults suit rows of unknown origin."""
+    """Settings of a table; the defaults suit rows of unknown origin."""
 
     baseline: str = "ce"  # the initialisation that every Δ refers to
     order: tuple[str, ...] = ()  # initialisations first to last; others follow as they appear
@@ -148,7 +148,7 @@ def build_tables(
     """Return one table per step, protocol, dataset, split, selection and data; detection first.
 
     Pretraining rows of one data set share a table, for there the recipes are what is compared: each
-    has its line, and says in a footnote which it is.
+    has its line, with a footnote that names it.
 
     Args:
         rows: any rows; of repeated measurements the newest counts.
@@ -254,7 +254,7 @@ def _default_columns(rows: list[ResultRow]) -> tuple[str, ...]:
 def _lines(
     rows: list[ResultRow], columns: Sequence[str], options: Options, footnotes: _Footnotes
 ) -> list[Line]:
-    """Group rows by what may share a mean, and mark what tells the groups apart."""
+    """Group rows that may share a mean, and footnote the differences between groups."""
     groups: dict[tuple[str, int | None, Identity], list[ResultRow]] = {}
     for row in rows:
         groups.setdefault((row.init, row.epoch, experiment_of(row)), []).append(row)
@@ -277,7 +277,7 @@ def _lines(
 
 
 def _apart(own: Identity, all_of_table: set[Identity]) -> list[str]:
-    """Return what tells an experiment from the others of its table, in sentences."""
+    """Return the differences of an experiment from the others of its table, in sentences."""
     said = []
     if len({other.protocol for other in all_of_table}) > 1:
         said.append(f"Recipe {own.protocol}.")
@@ -296,7 +296,7 @@ def _apart(own: Identity, all_of_table: set[Identity]) -> list[str]:
 
 
 def _of_fits(rows: Sequence[ResultRow]) -> list[str]:
-    """Return what linear probes say of their fits, in sentences."""
+    """Return warnings about the fits of linear probes, in sentences."""
     edge = sorted({row.seed for row in rows if row.details.get("at_grid_edge")})
     cut = sorted({row.seed for row in rows if row.details.get("converged") is False})
     said = []

@@ -1,4 +1,4 @@
-"""A run over time as numbers: what the figures of a timeline draw, and its course as a table.
+"""Timelines as numbers: the series that figures draw, and each one's highest and last value.
 
 Everything is read from result rows of step "analysis", and nothing here draws, so that a figure can
 be checked without looking. A curve is of one experiment (``core.identity``): rows of other settings
@@ -54,12 +54,12 @@ class Data:
     targets: list[str]
     inits: list[str]
     boundaries: dict[str, int]  # last epoch of stage 1, of the initialisations that have a stage 2
-    labels: Mapping[str, str]  # how an initialisation is called, where it is not by its own name
+    labels: Mapping[str, str]  # initialisation → label, where it has one
     estimators: list[str]  # of the informations, MINE first
     notes: list[str]  # what was left out, what the fits say; in sentences
 
     def label(self, init: str) -> str:
-        """Return how an initialisation is called."""
+        """Return an initialisation's label, else its name."""
         return self.labels.get(init) or init
 
     def name(self, dataset: str) -> str:
@@ -73,8 +73,8 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
-class Course:
-    """What became of one quantity: its highest mean, its last one, and the way between them."""
+class CurveSummary:
+    """The highest and the last mean of a quantity over epochs, and the change between them."""
 
     metric: str
     dataset: str
@@ -96,7 +96,7 @@ def gather(
 
     Args:
         order: initialisations first to last; others follow by name, CTC at the end.
-        labels: initialisation → how it is called.
+        labels: initialisation → label.
 
     Raises:
         InputError: there are none.
@@ -246,11 +246,8 @@ def correlation(points: Sequence[tuple[float, float]]) -> float | None:
     return statistics.correlation(xs, ys)
 
 
-def courses(data: Data) -> list[Course]:
-    """Return the course of every quantity on every data set and split, initialisations together.
-
-    Those of one epoch alone have none.
-    """
+def summaries(data: Data) -> list[CurveSummary]:
+    """Return a summary of every quantity that has several epochs, initialisations together."""
     result = []
     for metric, dataset, split, init in _measured(data):
         band = series(data, init, metric, dataset, split)
@@ -261,7 +258,7 @@ def courses(data: Data) -> list[Course]:
         values = _by_seed(select(data, init, metric, dataset, split)).values()
         steps = [one[last[0]] - one[highest[0]] for one in values]
         change = statistics.fmean(steps), _std(steps)
-        result.append(Course(metric, dataset, split, init, band.seeds, highest, last, change))
+        result.append(CurveSummary(metric, dataset, split, init, band.seeds, highest, last, change))
     return result
 
 

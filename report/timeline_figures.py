@@ -1,4 +1,4 @@
-"""A run over time, drawn: the trade-off, the informations, their plane, methods compared.
+"""Figures of timelines: the trade-off, the informations, their plane, methods compared.
 
 ``report.timeline`` gathers what is drawn from result rows.
 """
@@ -38,15 +38,15 @@ BOUNDARY = "start of stage 2"
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
-    """A finished figure."""
+class NamedFigure:
+    """A figure with its file name and caption."""
 
     name: str
     figure: Figure
     description: str  # for those who do not see it, and as a caption
 
 
-def timeline_figures(rows: Iterable[ResultRow]) -> list[Drawn]:
+def timeline_figures(rows: Iterable[ResultRow]) -> list[NamedFigure]:
     """Draw all figures that the rows can fill.
 
     Raises:
@@ -65,7 +65,7 @@ def save_timeline_figures(rows: Iterable[ResultRow], folder: str | Path) -> list
     return [path for one in drawn for path in save_figure(one.figure, folder, one.name)]
 
 
-def draw(data: Data, looks: Mapping[str, Style] | None = None) -> list[Drawn]:
+def draw(data: Data, looks: Mapping[str, Style] | None = None) -> list[NamedFigure]:
     """Draw all figures of one protocol.
 
     Args:
@@ -83,7 +83,7 @@ def draw(data: Data, looks: Mapping[str, Style] | None = None) -> list[Drawn]:
     return [one for one in figures if one]
 
 
-def tradeoff(data: Data, init: str) -> Drawn | None:
+def tradeoff(data: Data, init: str) -> NamedFigure | None:
     """Draw discriminability (left axis) and transferability (right axis) against epochs."""
     left = [("← Recall@1", series(data, init, RECALL, data.source, "train"), 1.0)]
     left.append(("← NMI × 100", series(data, init, NMI, data.source, "train"), 100.0))
@@ -103,7 +103,7 @@ def tradeoff(data: Data, init: str) -> Drawn | None:
     _finish(axes, data, [init])
     handles = [line for side in (axes, other) for line in side.get_legend_handles_labels()[0]]
     _legend(figure, handles)
-    return Drawn(
+    return NamedFigure(
         f"tradeoff_{init}", figure,
         f"{data.label(init)}: Recall@1 and NMI on the training images of {data.source} (left), and "
         f"top-1 of a linear probe on {_listed(data.targets)} (right), against epochs"
@@ -111,7 +111,7 @@ def tradeoff(data: Data, init: str) -> Drawn | None:
     )  # fmt: skip
 
 
-def informations(data: Data, init: str, estimator: str = MINE) -> Drawn | None:
+def informations(data: Data, init: str, estimator: str = MINE) -> NamedFigure | None:
     """Draw I(X;T) and I(T;Y) against epochs, on source and targets."""
     metrics = [information(quantity, estimator) for quantity in (XT, TY)]
     bands = {(m, name): series(data, init, m, name) for m in metrics for name in data.places}
@@ -126,7 +126,7 @@ def informations(data: Data, init: str, estimator: str = MINE) -> Drawn | None:
         axes.set_ylabel(axis(metric))
         _finish(axes, data, [init], last=axes is panels[-1])
     _legend(figure, panels[0].get_legend_handles_labels()[0])
-    return Drawn(
+    return NamedFigure(
         f"information_{init}{_tail(estimator)}", figure,
         f"{data.label(init)}: mutual information of images and features, I(X;T), and of features "
         f"and labels, I(T;Y), by {_by(estimator)}, on {data.source} (source) and "
@@ -134,7 +134,7 @@ def informations(data: Data, init: str, estimator: str = MINE) -> Drawn | None:
     )  # fmt: skip
 
 
-def plane(data: Data, looks: Mapping[str, Style], estimator: str = MINE) -> Drawn | None:
+def plane(data: Data, looks: Mapping[str, Style], estimator: str = MINE) -> NamedFigure | None:
     """Draw the information plane: a panel a data set, a marker a method, a colour an epoch."""
     ways = {(n, init): paths(data, init, n, estimator) for n in data.places for init in data.inits}
     names = [name for name in data.places if any(ways[name, init] for init in data.inits)]
@@ -160,7 +160,7 @@ def plane(data: Data, looks: Mapping[str, Style], estimator: str = MINE) -> Draw
     panels[-1].set_xlabel(axis(information(XT, estimator)))
     figure.colorbar(dots, ax=list(panels), label="epoch", shrink=0.8)
     _legend(figure, panels[0].get_legend_handles_labels()[0])
-    return Drawn(
+    return NamedFigure(
         f"plane{_tail(estimator)}", figure,
         f"Information plane: I(X;T) against I(T;Y), by {_by(estimator)}, on {_listed(names)}, "
         f"coloured by epoch, a marker for each of {_listed(list(map(data.label, data.inits)))}; "
@@ -168,7 +168,7 @@ def plane(data: Data, looks: Mapping[str, Style], estimator: str = MINE) -> Draw
     )  # fmt: skip
 
 
-def compared(data: Data, name: str, looks: Mapping[str, Style]) -> Drawn | None:
+def compared(data: Data, name: str, looks: Mapping[str, Style]) -> NamedFigure | None:
     """Draw the methods over each other on a data set, mean ± std over seeds."""
     wanted = [(RECALL, "train"), (NMI, "train")] if name == data.source else [(PROBE, "")]
     for estimator in data.estimators[:1]:
@@ -176,8 +176,8 @@ def compared(data: Data, name: str, looks: Mapping[str, Style]) -> Drawn | None:
     return _panels(data, name, looks, wanted, "compared")
 
 
-def companions(data: Data, name: str, looks: Mapping[str, Style]) -> Drawn | None:
-    """Draw what tells the rest: the bound on H(T), rank and norm, and further estimators."""
+def companions(data: Data, name: str, looks: Mapping[str, Style]) -> NamedFigure | None:
+    """Draw the bound on H(T), rank and norm, and further estimators."""
     metrics = [
         *(information(quantity, kind) for kind in data.estimators[1:] for quantity in (XT, TY)),
         "h_t_bound", "effective_rank", "feature_norm",
@@ -191,7 +191,7 @@ def _panels(
     looks: Mapping[str, Style],
     wanted: Sequence[tuple[str, str]],
     head: str,
-) -> Drawn | None:
+) -> NamedFigure | None:
     """Draw (metric, split) against epochs on one data set, a panel each, the methods together."""
     bands = {
         metric: {init: series(data, init, metric, name, split) for init in data.inits}
@@ -210,14 +210,14 @@ def _panels(
     panels[0].set_title(data.name(name), loc="left")
     _legend(figure, panels[0].get_legend_handles_labels()[0])
     counts = [f"{data.label(i)} {len(band.seeds)}" for i, band in found.items() if band.seeds]
-    return Drawn(
+    return NamedFigure(
         f"{head}_{name}", figure,
         f"{_listed(list(map(data.label, data.inits)))} on {name} against epochs: mean and, as a "
         f"band, ± one standard deviation over seeds (their number: {', '.join(counts)})",
     )  # fmt: skip
 
 
-def correlated(data: Data, looks: Mapping[str, Style], estimator: str = MINE) -> Drawn | None:
+def correlated(data: Data, looks: Mapping[str, Style], estimator: str = MINE) -> NamedFigure | None:
     """Draw transfer accuracy against I(X;T) on each target, a point a checkpoint."""
     points = {(n, i): scatter(data, i, n, estimator) for n in data.targets for i in data.inits}
     names = [n for n in data.targets if any(points[n, i] for i in data.inits)]
@@ -243,7 +243,7 @@ def correlated(data: Data, looks: Mapping[str, Style], estimator: str = MINE) ->
         axes.grid()
     panels[-1].set_xlabel(f"{axis(information(XT, estimator))} on the target")
     _legend(figure, panels[0].get_legend_handles_labels()[0])
-    return Drawn(
+    return NamedFigure(
         f"correlation{_tail(estimator)}", figure,
         f"Transfer accuracy against I(X;T) on the target, by {_by(estimator)}, a point for each "
         f"checkpoint after epoch 0; Pearson's r: {'; '.join(said)}",

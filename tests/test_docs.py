@@ -10,7 +10,7 @@ import pytest
 
 from core.config import ROOT, find_config
 from core.results import ResultRow, latest, read_rows
-from report.timeline import courses, gather
+from report.timeline import gather, summaries
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*/README.md"))
@@ -133,7 +133,7 @@ def test_two_judges_of_one_file_of_detections_agree() -> None:
 
 def test_the_timelines_table_is_that_of_its_rows() -> None:
     (data,) = gather(read_rows(DOCS / "timeline/results.jsonl")).values()
-    found = {(c.metric, c.dataset, c.split, c.init): c for c in courses(data)}
+    found = {(c.metric, c.dataset, c.split, c.init): c for c in summaries(data)}
     assert [cells[0] for cells in table("timeline")] == list(TIMELINE)
     for name, *cells in table("timeline"):
         printed = []

@@ -293,7 +293,7 @@ def test_a_run_without_anything_but_rows_is_reported(tmp_path: Path):
     )  # fmt: skip
     append_rows(tmp_path / "run" / "results.jsonl", [row])
     write_report([read_run(tmp_path / "run")], tmp_path / "out", Page())
-    assert "No run keeps its detections" in (tmp_path / "out/report.html").read_text()
+    assert "No run has both its detections" in (tmp_path / "out/report.html").read_text()
 
 
 PROBE = """

@@ -14,7 +14,7 @@ from report.formats import to_csv, to_latex, to_markdown
 from report.html import Page, write_report
 from report.intervals import read_intervals, with_intervals
 from report.runs import find_runs
-from report.sections import class_tables, judged_groups, precision_groups
+from report.sections import class_tables, evaluated_groups, precision_groups
 from report.tables import Options, build_tables
 
 BASE = ResultRow(
@@ -99,7 +99,7 @@ def test_classes_and_precision_are_means_over_the_trials_of_a_table(tmp_path: Pa
     write_run(tmp_path / "c", ROWS[2], [0.9, 0.9, 0.9], None)
     runs = find_runs([tmp_path])
     tables = build_tables([row for run in runs for row in run.rows])
-    groups = judged_groups(runs, tables)
+    groups = evaluated_groups(runs, tables)
     (view,) = class_tables(groups, {"ce": "CE", "ctc": "CTC"})
     assert view["labels"] == ["CE", "CTC"]
     assert view["lines"] == [("heart", [30.0, None]), ("moon", [50.0, 50.0])]
@@ -116,4 +116,4 @@ def test_classes_and_precision_are_means_over_the_trials_of_a_table(tmp_path: Pa
         assert expected in text
     assert "seed 1: 10.00, seed 2: 11.00" in text  # the trials of a mean
     (tmp_path / "a/inference/coco_metrics.json").write_text("{")
-    assert find_runs([tmp_path / "a"])[0].judged == {}
+    assert find_runs([tmp_path / "a"])[0].evaluation == {}

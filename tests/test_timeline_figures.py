@@ -12,8 +12,8 @@ from matplotlib.colors import to_hex
 from core.config import InputError
 from core.results import ResultRow
 from report.figures import inline_svg, styles
-from report.timeline import axis, correlation, courses, gather, paths, scatter, series, to_csv
-from report.timeline_figures import Drawn, draw, save_timeline_figures, timeline_figures
+from report.timeline import axis, correlation, gather, paths, scatter, series, summaries, to_csv
+from report.timeline_figures import NamedFigure, draw, save_timeline_figures, timeline_figures
 
 EPOCHS = (0, 10, 20, 30)
 
@@ -61,7 +61,7 @@ def rows(
     return found
 
 
-def drawn(name: str, found: list[ResultRow]) -> Drawn:
+def drawn(name: str, found: list[ResultRow]) -> NamedFigure:
     return next(one for one in timeline_figures(found) if one.name == name)
 
 
@@ -254,7 +254,7 @@ def test_a_course_tells_the_highest_mean_and_the_way_to_the_end_paired_by_seed()
         for epoch, value in zip(EPOCHS, values, strict=False)
     ]
     found.append(row("random", 0, 0, "linear/top1", 9.0, "tgt", "test"))  # of one epoch: no course
-    (course,) = courses(gather(found)["tiny"])
+    (course,) = summaries(gather(found)["tiny"])
     half = math.sqrt(0.5)
     assert (course.init, course.dataset, course.split) == ("ce", "tgt", "test")
     assert course.seeds == [0, 1]
