@@ -23,6 +23,8 @@ class DatasetInfo:
     read: Callable[[Request], Source]
     how: str  # one sentence: how to get it and how it must lie on disk, {root} being its folder
     image_size: int = 224  # side in pixels that networks see unless a config says otherwise
+    augmentation: str = "imagenet"  # of training, a key of data.transforms.AUGMENTATIONS, likewise
+    folder: str = ""  # where it lies under the data folder; "": by its name
     resize_ratio: float = CENTRE_CROP  # see data.transforms.evaluation_view
     counts: dict[str, int] = dataclasses.field(default_factory=dict)  # images per official split
     classes: int = 0  # 0: whatever is found
@@ -38,6 +40,7 @@ DATASETS: dict[str, DatasetInfo] = {
         read=plain.read_shapes,
         how="drawn by this program",
         image_size=shapes.IMAGE_SIZE,
+        augmentation="crop_flip",
         resize_ratio=WHOLE_IMAGE,
         counts=dict(shapes.COUNTS),
         classes=len(shapes.CLASSES),
@@ -48,17 +51,32 @@ DATASETS: dict[str, DatasetInfo] = {
         how="unpack https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz in {root}, "
         "so that {root}/cifar-10-batches-py/data_batch_1 exists",
         image_size=32,
+        augmentation="crop_flip",
         resize_ratio=WHOLE_IMAGE,
         counts={"train": 50_000, "test": 10_000},
         classes=10,
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2470, 0.2435, 0.2616),
     ),
+    "cifar10_subset": DatasetInfo(
+        read=plain.read_npz,
+        how="{root} holds one .npz file with x_train y_train x_test y_test classes: 15,000 + 4,000 "
+        "images of CIFAR-10 (a subset of no official kind, for two cores)",
+        image_size=32,
+        augmentation="crop_flip",
+        folder="cifar10",
+        resize_ratio=WHOLE_IMAGE,
+        counts={"train": 15_000, "test": 4_000},
+        classes=10,
+        mean=CIFAR_MEAN,
+        std=CIFAR_STD,
+    ),
     "cifar100": DatasetInfo(
         read=torchvision_sets.read_cifar100,
         how="unpack https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz in {root}, "
         "so that {root}/cifar-100-python/train exists",
         image_size=32,
+        augmentation="crop_flip",
         resize_ratio=WHOLE_IMAGE,
         counts={"train": 50_000, "test": 10_000},
         classes=100,
@@ -70,6 +88,7 @@ DATASETS: dict[str, DatasetInfo] = {
         how="unpack http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz in {root}, so that "
         "{root}/stl10_binary/train_X.bin exists",
         image_size=96,
+        augmentation="crop_flip",
         resize_ratio=WHOLE_IMAGE,
         counts={"train": 5_000, "test": 8_000},
         classes=10,
@@ -79,6 +98,7 @@ DATASETS: dict[str, DatasetInfo] = {
         how="put train_32x32.mat and test_32x32.mat from http://ufldl.stanford.edu/housenumbers "
         "in {root}",
         image_size=32,
+        augmentation="crop_flip",
         resize_ratio=WHOLE_IMAGE,
         counts={"train": 73_257, "test": 26_032},
         classes=10,
@@ -90,6 +110,7 @@ DATASETS: dict[str, DatasetInfo] = {
         how="unpack CINIC-10.tar.gz from https://datashare.ed.ac.uk/handle/10283/3192 in {root}, "
         "so that {root}/{{train,valid,test}}/CLASS/*.png exist",
         image_size=32,
+        augmentation="crop_flip",
         resize_ratio=WHOLE_IMAGE,
         counts={"train": 90_000, "val": 90_000, "test": 90_000},
         classes=10,
@@ -117,6 +138,15 @@ DATASETS: dict[str, DatasetInfo] = {
         "{root}/stanford_cars/{{devkit,cars_train,cars_test,cars_test_annos_withlabels.mat}}",
         counts={"train": 8_144, "test": 8_041},
         classes=196,
+    ),
+    "flowers17": DatasetInfo(
+        read=plain.read_folder,
+        how="get 17flowers.tgz from https://www.robots.ox.ac.uk/~vgg/data/flowers/17, laid out as "
+        "{root}/{{train,test}}/CLASS/*.jpg, 60 + 20 images a class (128 px are enough)",
+        image_size=64,  # for networks with a CIFAR stem, on two cores
+        folder="flowers17_128",
+        counts={"train": 1_020, "test": 340},
+        classes=17,
     ),
     "flowers102": DatasetInfo(
         read=torchvision_sets.read_flowers102,
@@ -205,6 +235,7 @@ DATASETS: dict[str, DatasetInfo] = {
         how="{root} is one .npz file with x_train y_train x_test y_test classes "
         "(uint8 N×H×W×3, integers, names)",
         image_size=32,
+        augmentation="crop_flip",
         resize_ratio=WHOLE_IMAGE,
         find_splits=plain.npz_splits,
         mean=CIFAR_MEAN,

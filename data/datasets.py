@@ -41,7 +41,7 @@ class DataConfig:
     name: str = "shapes"  # a key of data.catalogue.DATASETS
     root: str = ""  # folder or file; "": <name> under $TRANSFER_SUITE_DATA or datasets/
     image_size: int = 0  # side of the square that the network sees, pixels; 0: the data set's own
-    augmentation: str = "crop_flip"  # a key of data.transforms.AUGMENTATIONS; training only
+    augmentation: str = ""  # a key of data.transforms.AUGMENTATIONS; training only; "": its own
     shuffle: str = "global"  # order of an epoch; "shards": one after the other, for slow disks
     workers: int = 0  # processes that decode and augment; 0: the training process does
     limit: int = 0  # images per split, equally many of each class; 0: all. For trials
@@ -71,15 +71,14 @@ class IndexedDataset(Dataset[Any]):
     def __init__(
         self, source: Source, cfg: DataConfig, name: str, split: str, train: bool, seed: int
     ) -> None:
-        info = look_up(cfg.name)
+        info, seen = look_up(cfg.name), resolved(cfg)
         self.source, self.name, self.split, self.seed = source, name, split, seed
         self.labels, self.classes = source.labels, source.classes
-        self.image_size = cfg.image_size or info.image_size
-        self.resize_ratio = info.resize_ratio if cfg.resize_ratio < 0 else cfg.resize_ratio
+        self.image_size, self.resize_ratio = seen.image_size, seen.resize_ratio
         self.mean, self.std = _statistics(cfg, info)
         self.metric = info.metric
         self.blocks = _blocks(source, cfg)
-        self.augmentation = cfg.augmentation if train else "none"
+        self.augmentation = seen.augmentation if train else "none"
         self._augment = AUGMENTATIONS[self.augmentation]
         several = self.labels.dim() > 1
         self._labels: Any = self.labels if several else self.labels.tolist()
@@ -152,6 +151,20 @@ def places_of(datasets: Iterable[IndexedDataset]) -> list[str]:
     return sorted(str(place) for place in places if place.exists())
 
 
+def resolved(cfg: DataConfig) -> DataConfig:
+    """Return the config with the data set's own values where it leaves them open."""
+    info = look_up(cfg.name)
+    mean, std = _statistics(cfg, info)
+    return dataclasses.replace(
+        cfg,
+        image_size=cfg.image_size or info.image_size,
+        augmentation=cfg.augmentation or info.augmentation,
+        resize_ratio=info.resize_ratio if cfg.resize_ratio < 0 else cfg.resize_ratio,
+        mean=list(mean),
+        std=list(std),
+    )
+
+
 def report_split(cfg: DataConfig) -> str:
     """Return the split that final numbers are given on: test where its labels are public, else val.
 
@@ -209,7 +222,7 @@ def locate(cfg: DataConfig) -> Path:
         return Path()
     if not cfg.root and info.find_splits is not None:
         raise InputError(f"data.root must say where the {cfg.name} data lie; {_how(info, 'it')}")
-    name = Path(cfg.root or cfg.name).expanduser()
+    name = Path(cfg.root or info.folder or cfg.name).expanduser()
     places = [ROOT / "datasets" / name]
     if os.environ.get(DATA_FOLDER_VARIABLE):
         places.insert(0, Path(os.environ[DATA_FOLDER_VARIABLE]).expanduser() / name)
@@ -268,7 +281,7 @@ def _how(info: DatasetInfo, root: Path | str) -> str:
 
 
 def _check(cfg: DataConfig) -> None:
-    if cfg.augmentation not in AUGMENTATIONS:
+    if cfg.augmentation and cfg.augmentation not in AUGMENTATIONS:
         known = ", ".join(AUGMENTATIONS)
         raise InputError(f"data.augmentation {cfg.augmentation!r} is not one of {known}")
     if cfg.image_size and cfg.image_size < 8:

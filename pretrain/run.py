@@ -15,7 +15,7 @@ from core import dist
 from core.config import load_config, save_config, shipped_config, to_dict
 from core.errors import InputError
 from core.files import check_folder, check_not_locked, is_empty, sweep
-from core.identity import changed_keys, data_digest, protocol_name, recipe_hash
+from core.identity import changed_keys, check_version, data_digest, protocol_name, recipe_hash
 from core.results import (
     ROWS_FILE,
     ResultRow,
@@ -135,6 +135,7 @@ def make_ready(config: PretrainConfig) -> tuple[IndexedDataset, IndexedDataset, 
     Raises:
         InputError: whatever in the recipe cannot be, before anything is written.
     """
+    check_version(config.version)
     if not 0 <= config.seed <= LARGEST_SEED:
         raise InputError(f"seed {config.seed} must be in 0..{LARGEST_SEED}")
     if config.method not in METHODS:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from core.config import ROOT, InputError, find_config, read_with_bases
+from core.config import ROOT, InputError, find_config, read_with_bases, recipe_and_data
 from suite.launch import launch
 from suite.schema import Initialisation, Protocol, Suite, step_of
 
@@ -191,9 +191,12 @@ def _cell(
     """Return an evaluation; a transfer reads the weights unconverted."""
     init, protocol = suite.initialisations[init_name], suite.protocols[name]
     kind, stem = step_of(protocol), f"{init_name}-s{seed}"
-    config = find_config(protocol.config, kind)
+    config, data = recipe_and_data(protocol.config, kind)
     recipe = _recipe(config, protocol.overrides)
     words = ["--config", str(config), "--init", init_name]
+    if data:
+        recipe |= {"data.name": data}
+        words += ["--data", data]
     if kind == "detection":
         recipe |= {"gpus": suite.gpus}
         words += ["--seed", str(seed)]

@@ -82,7 +82,7 @@ BAD: dict[str, list[str]] = {
     **{f"loop.{key}": values for key, values in LOOP.items()},
     **{f"data.{key}": values for key, values in DATA.items()},
     "ce.label_smoothing": ["1", *NEGATIVE],
-    "version": ["x", "1.5"],
+    "version": ["0", *COUNT],
     "seed": ["-1", "1000000000000000000000", "x"],
     "method": ["cte"],
     "arch": ["resnet51"],

@@ -12,13 +12,15 @@ import torch
 import torchvision
 from PIL import Image
 
-from core.config import CONFIG_DIR, load_config
+from core.config import CONFIG_DIR, load_config, recipe_and_data
 from core.errors import InputError
 from core.files import locked
+from core.identity import identity
 from core.results import ResultRow, read_rows, sha256_of
-from data.datasets import DATASETS
+from data.datasets import DATASETS, resolved
 from models.checkpoint import Facts, load_checkpoint, save_checkpoint
 from models.resnet import create_model
+from report.tables import build_tables
 from transfer.backbone import from_checkpoint, from_tensors
 from transfer.config import TransferConfig
 from transfer.protocols import METHODS
@@ -73,15 +75,22 @@ def test_an_output_in_use_is_refused(
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
+def plain(row: ResultRow) -> str:
+    """Return a protocol's name without the mark of changed keys."""
+    return row.protocol.partition("+")[0]
+
+
 def test_every_protocol_gives_a_row_that_says_how_it_came_about(
     run_here: Callable[..., list[ResultRow]], weights: Path
 ) -> None:
     before = weights.read_bytes()
     rows = run_here(weights, "methods", "[linear, knn, few_shot, released, finetune]")
-    by_name = {row.protocol: row for row in rows}
     expected = ["linear", "knn_5", "few_shot_2", "linear_released", "finetune"]
-    assert list(by_name) == [f"{name}_8px" for name in expected]  # another size than the set's own
-    by_name = {name.removesuffix("_8px"): row for name, row in by_name.items()}
+    assert [plain(row) for row in rows] == [f"{name}_8px" for name in expected]  # not its own size
+    marked = {plain(row) for row in rows if "+" in row.protocol}  # as shipped are k-NN and few-shot
+    assert marked == {"linear_8px", "linear_released_8px", "finetune_8px"}
+    by_name = {row.details["method"]: row for row in rows}
+    assert by_name["linear"].details["overrides"] == {"linear.c_values": 5}
     for row in rows:
         assert (row.step, row.dataset, row.split, row.metric) == (
             "transfer",
@@ -94,9 +103,9 @@ def test_every_protocol_gives_a_row_that_says_how_it_came_about(
         assert row.value is not None
         assert 0 <= row.value <= 100
     assert by_name["linear"].selection == "best on held-out train"
-    assert by_name["linear_released"].selection == "best on test"
-    assert "BatchNorm" in by_name["linear_released"].details["flag"]
-    assert len(by_name["few_shot_2"].details["draws"]) == 5
+    assert by_name["released"].selection == "best on test"
+    assert "BatchNorm" in by_name["released"].details["flag"]
+    assert len(by_name["few_shot"].details["draws"]) == 5
     assert by_name["finetune"].selection == "last"
     assert weights.read_bytes() == before
     assert by_name["linear"].value > 75  # one colour a class: any features tell them apart
@@ -201,14 +210,11 @@ def test_a_class_without_a_test_image_is_refused_unless_it_is_asked_for(
     assert row.details["test_images"] == 16
 
 
-def test_protocol_released_is_the_papers_probe_and_named_so(
+def test_released_is_a_recipe_and_no_name_for_another(
     run_here: Callable[..., list[ResultRow]], weights: Path
 ) -> None:
-    (row,) = run_here(weights, "methods", "[linear, knn]", "protocol", "released")
-    assert (row.protocol, row.selection) == ("linear_released_8px", "best on test")
-    assert "BatchNorm" in row.details["flag"]
-    with pytest.raises(InputError, match=r"use a …_linear\.yaml"):
-        run_here(weights, "methods", "[finetune]", "protocol", "released")
+    with pytest.raises(InputError, match=r"--config transfer/released\.yaml"):
+        run_here(weights, "methods", "[linear, knn]", "protocol", "released")
 
 
 @pytest.mark.parametrize(("method", "split"), [
@@ -322,7 +328,7 @@ def test_a_fine_tuning_is_not_started_over_another(
     run_here: Callable[..., list[ResultRow]], weights: Path
 ) -> None:
     rows = run_here(weights, "methods", "[finetune]")
-    with pytest.raises(InputError, match="say --resume"):
+    with pytest.raises(InputError, match="give --resume"):
         run_here(weights, "methods", "[finetune]")
     again = run_here(weights, "methods", "[finetune]", options=("--resume",))
     assert again[-1].value == rows[0].value
@@ -343,11 +349,97 @@ def test_our_own_checkpoint_loads_whatever_its_stem(weights: Path) -> None:
 def test_each_recipe_says_how_to_run_it_and_loads(path: Path) -> None:
     config = load_config(TransferConfig, path)
     assert set(config.methods) <= set(METHODS)
-    if path.name.startswith("base_"):
-        return
-    assert config.data.name in DATASETS
-    head = path.read_text().split("\n\n")[0]
+    head = path.read_text().split("\n")[0]
     assert f"tools/run_transfer.py --config transfer/{path.name}" in head
+    assert (config.data.name in DATASETS) == ("--data" not in head)
+
+
+OLD_NAMES = """
+aircraft_finetune aircraft_finetune_448 aircraft_finetune_tll aircraft_linear
+caltech101_finetune caltech101_linear cars_finetune cars_finetune_448 cars_linear
+cifar100_finetune cifar100_linear cifar10_finetune cifar10_linear cifar10_subset_finetune
+cifar10_subset_linear cinic10_finetune cinic10_linear cub200_finetune cub200_finetune_448
+cub200_finetune_tll cub200_linear dtd_finetune dtd_linear flowers102_finetune flowers102_linear
+flowers17_finetune flowers17_linear food101_finetune food101_linear imagenet_linear
+inat18_finetune pets_finetune pets_linear places205_linear stl10_finetune stl10_linear
+svhn_finetune svhn_linear voc07_linear
+"""
+
+
+@pytest.mark.parametrize("name", OLD_NAMES.split())
+def test_a_name_of_recipe_and_data_set_means_the_recipe_on_the_data_set(name: str) -> None:
+    path, data = recipe_and_data(f"transfer/{name}.yaml", "transfer")
+    assert data in DATASETS
+    config = load_config(TransferConfig, path, ["data.name", data])
+    assert name.startswith(f"{data}_{'linear' if 'linear' in config.methods else 'finetune'}")
+    steps = {"cifar10_subset_finetune": 600, "flowers17_finetune": 200}.get(name, 5000)
+    assert "finetune" not in config.methods or config.finetune.steps == steps
+    assert config.finetune.epochs == (100 if data == "inat18" else 0)
+    seen = resolved(config.data)
+    small = data.startswith("cifar") or data in ("cinic10", "stl10", "svhn")
+    assert seen.augmentation == ("crop_flip" if small else "imagenet")
+    sizes = {"stl10": 96, "flowers17": 64}
+    size = 448 if name.endswith("448") else sizes.get(data, 32 if small else 224)
+    assert seen.image_size == size
+
+
+def test_a_name_that_is_neither_is_refused() -> None:
+    for name in ("transfer/cub200_linaer.yaml", "elsewhere/cub200_linear.yaml"):
+        with pytest.raises(InputError, match="neither a file"):
+            recipe_and_data(name, "transfer")
+
+
+def test_a_data_set_must_be_named(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    tool = importlib.import_module("run_transfer")
+    command = ["run_transfer.py", "--config", "transfer/linear.yaml", "--weights", str(weights)]
+    for more, reason in (
+        ((), "name one with --data, of shapes"),
+        (("--data", "cub20"), "'cub200'"),
+    ):
+        monkeypatch.setattr(sys, "argv", [*command, *more])
+        with pytest.raises(InputError, match=reason):
+            tool.main()
+
+
+def test_a_users_own_recipe_does_not_keep_a_shipped_name(
+    run_here: Callable[..., list[ResultRow]], weights: Path, tmp_path: Path, tiny_npz: Path
+) -> None:
+    own = tmp_path / "mine.yaml"
+    own.write_text(
+        f"_BASE_: {CONFIG_DIR / 'transfer' / 'linear.yaml'}\nmethods: [linear]\n"
+        f"data: {{name: npz, root: {tiny_npz}, image_size: 8, workers: 0}}\n"
+        "features: {cache: none}\n"
+    )
+    (same,) = run_here(weights, options=("--config", str(own)))
+    own.write_text(own.read_text() + "linear: {log10_c_max: -1.0}\n")
+    other = run_here(weights, options=("--config", str(own)))[-1]
+    assert same.protocol == "linear_8px"
+    assert other.protocol.startswith("linear_8px+")
+    assert other.details["overrides"] == {"linear.log10_c_max": -1.0}
+    assert same.config != other.config
+
+
+def test_other_labels_are_other_data_whatever_the_file_is_called(
+    run_here: Callable[..., list[ResultRow]], weights: Path, tiny_npz: Path, tmp_path: Path
+) -> None:
+    """Neither a mean nor a finished fine-tuning is shared with them."""
+    data = tmp_path / "data.npz"
+    data.write_bytes(tiny_npz.read_bytes())
+    where = ("data.root", str(data), "methods", "[linear, finetune]")
+    before = run_here(weights, *where)
+    data = data.rename(tmp_path / "copy.npz").rename(tmp_path / "data.npz")
+    moved = run_here(weights, *where, "data.workers", "1", options=("--resume",))[2:]
+    assert [identity(row) for row in moved] == [identity(row) for row in before]
+    assert moved[1].value == before[1].value  # the finished training's
+    shuffled = np.roll(np.load(tiny_npz)["y_train"], 1)
+    spoilt_npz(tiny_npz, data, y_train=shuffled)
+    with pytest.raises(InputError, match="other weights, another seed, recipe or data"):
+        run_here(weights, *where, options=("--resume",))
+    after = run_here(weights, "data.root", str(data), "methods", "[linear]", "seed", "6")[-1]
+    assert after.data.split("/")[1] == before[0].data.split("/")[1]  # tested on the same
+    for table in build_tables([before[0], after]):
+        assert all(len(line.seeds) == 1 for line in table.lines)
 
 
 def test_the_tool_runs_from_anywhere_and_exits_with_two_on_bad_input(
@@ -367,9 +459,9 @@ def test_the_tool_runs_from_anywhere_and_exits_with_two_on_bad_input(
     done = run_tool("run_transfer.py", *options, ranks=2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = read_rows(tmp_path / "out" / "results.jsonl")
-    assert [row.protocol for row in rows] == ["linear_8px", "finetune_8px"]
+    assert [plain(row) for row in rows] == ["linear_8px", "finetune_8px"]
     assert rows[0].details["world_size"] == 2
-    assert done.stdout.count("linear_8px  tiny/test  top1") == 1
+    assert done.stdout.count("  tiny/test  top1") == 2
     bad = run_tool("run_transfer.py", *options, "data.limit", "-1", cwd=tmp_path)
     assert bad.returncode == 2
     assert bad.stderr.startswith("error: data.limit")
@@ -379,13 +471,16 @@ def test_the_tool_runs_from_anywhere_and_exits_with_two_on_bad_input(
 def test_changed_keys_give_the_rows_of_the_methods_that_read_them_another_name(
     run_here: Callable[..., list[ResultRow]], weights: Path, tmp_path: Path
 ) -> None:
-    plain = run_here(weights, "methods", "[linear, knn]", "seed", "3", "features.batch_size", "5")
-    changed = run_here(weights, "methods", "[linear, knn]", "linear.c_values", "4")[len(plain) :]
+    first = run_here(weights, "methods", "[linear, knn]", "seed", "3", "features.batch_size", "5")
+    changed = run_here(weights, "methods", "[linear, knn]", "linear.c_values", "4")[len(first) :]
     again = run_here(weights, "methods", "[linear]", "linear.c_values", "4", "seed", "2")[-1]
-    assert [row.protocol for row in plain] == ["linear_8px", "knn_5_8px"]
-    assert [row.details["overrides"] for row in plain] == [{}, {}]
+    own, as_shipped = first
+    assert own.protocol.startswith("linear_8px+")
+    assert own.details["overrides"] == {"linear.c_values": 5}
+    assert (as_shipped.protocol, as_shipped.details["overrides"]) == ("knn_5_8px", {})
     linear, knn = changed
     assert linear.protocol.startswith("linear_8px+")
+    assert linear.protocol != own.protocol
     assert linear.details["overrides"] == {"linear.c_values": 4}
     assert knn.protocol == "knn_5_8px"
     assert again.protocol == linear.protocol

@@ -742,6 +742,25 @@ def test_transfers_read_the_weights_unconverted_and_get_their_seed_as_a_key(benc
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("suite", "cell", "recipe", "data"),
+    [
+        ("classification", "cub200_finetune/ce-s1", "finetune", "cub200"),
+        ("classification", "inat18_finetune/ce-s1", "inat18", "inat18"),
+        ("subset", "flowers17_linear/ctc-s2", "linear", "flowers17"),
+        ("subset", "cifar10_subset_finetune/ctc-s2", "cifar10_subset", "cifar10_subset"),
+    ],
+)
+def test_a_protocol_may_be_named_by_its_data_set_and_recipe(
+    tmp_path: Path, suite: str, cell: str, recipe: str, data: str
+):
+    job = make_plan(load_suite(f"suites/{suite}.yaml"), "s", tmp_path).job(cell)
+    config = str(ROOT / f"configs/transfer/{recipe}.yaml")
+    assert job.words[:2] == ("--config", config)
+    assert job.words[-2:] == ("--data", data)
+    assert job.recipe["data.name"] == data
+
+
 def test_a_changed_recipe_is_named_key_by_key():
     assert differences({"a": 1, "b": [1]}, {"a": 1, "b": (1,)}) == {}
     said = {"a": "a: 1 → 2", "c": "c: (unset) → 3"}

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Judge pretrained weights by transfer: linear probe, k-NN, few-shot or fine-tuning.
+"""Evaluate pretrained weights by transfer: linear probe, k-NN, few-shot or fine-tuning.
 
-tools/run_transfer.py --config transfer/cub200_linear.yaml --weights ckpt.pth
+tools/run_transfer.py --config transfer/linear.yaml --data cub200 --weights ckpt.pth
 tools/run_transfer.py --config transfer/cub200_finetune.yaml --weights moco_v2_800ep.pth.tar
 tools/launch.py tools/run_transfer.py …      # features and training on all GPUs
 
@@ -13,11 +13,10 @@ signal with everything saved (start again with --resume).
 import _checkout  # isort:skip
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core import dist
-from core.config import ROOT, load_config
+from core.config import ROOT, load_config, recipe_and_data
 from core.results import ROWS_FILE, ResultRow, sha256_of
 
 if TYPE_CHECKING:
@@ -28,6 +27,7 @@ def parse() -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = _checkout.Parser(__doc__)
     parser.add_argument("--config", required=True, help="a file, or a name under configs/")
+    parser.add_argument("--data", help="a data set of data/catalogue.py; default: the config's own")
     parser.add_argument("--weights", required=True, help="a file, timm:NAME or torchvision:NAME")
     parser.add_argument("--init", default="", help="how rows name the weights; default: their own")
     parser.add_argument("--format", help="insist on a format of tools/convert_to_d2.py")
@@ -47,11 +47,13 @@ def main() -> int:
     from transfer.plan import plan
     from transfer.run import run
 
-    config = load_config(TransferConfig, arguments.config, arguments.overrides, "transfer")
-    recipe = load_config(TransferConfig, arguments.config, folder="transfer")
+    path, named = recipe_and_data(arguments.config, "transfer")
+    data = ["data.name", arguments.data or named] if arguments.data or named else []
+    config = load_config(TransferConfig, path, [*data, *arguments.overrides])
+    recipe = load_config(TransferConfig, path, data)
     weights = read_weights(arguments.weights, arguments.init, arguments.format)
-    name = f"{weights.init}_{weights.sha256[:8]}"
-    default = ROOT / "runs" / "transfer" / Path(arguments.config).stem / name
+    name = "_".join([*data[1:], path.stem])
+    default = ROOT / "runs" / "transfer" / name / f"{weights.init}_{weights.sha256[:8]}"
     output = arguments.output or default
     try:
         if arguments.dry_run:

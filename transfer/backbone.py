@@ -1,4 +1,4 @@
-"""A pretrained network as a transfer takes it: the network, its input, and what it says of itself.
+"""A pretrained network as a transfer takes it: the network, its input, and its metadata.
 
 Shapes: C_out×C_in×k×k convolution weights.
 """
@@ -20,7 +20,7 @@ from models.resnet import ARCHITECTURES, Architecture, ResNet, create_model
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    """What is judged. Its network has a head of one class, which nothing uses."""
+    """What is evaluated. Its network has a head of one class, which nothing uses."""
 
     model: ResNet
     inputs: InputSpec
@@ -74,7 +74,7 @@ def from_tensors(
 
     Args:
         mean, std: in the channel order of the weights, on the scale 0…255.
-        origin: what the file says of itself: method, seed, epoch, dataset.
+        origin: metadata of the file: method, seed, epoch, dataset.
         spec: the structure, where ``arch`` is not one of this suite's names.
 
     Raises:
@@ -127,7 +127,7 @@ def load_backbone(model: ResNet, state: Mapping[str, Tensor], path: str) -> None
                 f"{tuple(own[key].shape)}"
             )
         if not bool(torch.isfinite(given[key]).all()):
-            raise InputError(f"{path}: {key} holds NaN or infinity; the checkpoint is spoilt")
+            raise InputError(f"{path}: {key} holds NaN or infinity; the checkpoint is damaged")
     model.load_state_dict(given, strict=False)
 
 

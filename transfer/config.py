@@ -1,12 +1,12 @@
-"""What a transfer can be told: every key once, with its default and reason."""
+"""The keys of a transfer config: each once, with its default and reason."""
 
 import dataclasses
 from typing import Any
 
 from core import identity
-from core.config import to_dict
+from core.config import load_config, shipped_config, to_dict
 from core.errors import InputError
-from data.datasets import DataConfig
+from data.datasets import DATASETS, DataConfig, resolved
 from models import amp
 from models.features import DTYPES
 from training.loop import LoopConfig
@@ -15,8 +15,6 @@ from transfer.finetune import FinetuneConfig
 from transfer.linear import LinearConfig
 from transfer.released import ReleasedConfig
 
-RELEASED = "released"  # the protocol that puts the paper code's probe in the place of the methods
-
 
 @dataclasses.dataclass(frozen=True)
 class FeatureConfig:
@@ -24,7 +22,7 @@ class FeatureConfig:
 
     batch_size: int = 256  # images a step on each rank
     amp: str = "none"  # none, bf16, fp16, auto: precision of the forward pass
-    dtype: str = "float32"  # float32, float16: what they are stored in
+    dtype: str = "auto"  # what they are stored in: float32, float16, or auto (see stored_dtype)
     cache: str = ""  # folder; "": runs/.cache/features; "none": nothing is kept
 
 
@@ -51,9 +49,9 @@ class TransferConfig:
 
     version: int = 1  # of the protocol: raised when what it computes changes
     methods: list[str] = dataclasses.field(default_factory=lambda: ["linear"])  # keys of METHODS
-    protocol: str = ""  # how rows name the recipe; "": after the method; "released": see RELEASED
+    protocol: str = ""  # how rows name the probe or the fine-tuning; "": after the method
     seed: int = -1  # of heads, draws and augmentation; -1: the checkpoint's own
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(name=""))
     features: FeatureConfig = dataclasses.field(default_factory=FeatureConfig)
     linear: LinearConfig = dataclasses.field(default_factory=LinearConfig)
     knn: KnnConfig = dataclasses.field(default_factory=KnnConfig)
@@ -70,47 +68,57 @@ READ_BY: dict[str, tuple[str, ...]] = {  # the groups of keys that a method's nu
     "released": ("data", "released"),
     "finetune": ("data", "finetune", "loop"),
 }
-IN_ROWS = ("data.name", "data.image_size", "data.limit")  # keys that a protocol's name tells anyway
+SHIPPED = {"knn": "linear", "few_shot": "linear", "released": "released"}  # else by protocol
+IN_NAMES = ("data.name", "data.image_size", "data.limit")  # keys that a row's names state
+LARGE = 1_000_000  # images: from here on features are stored in 16 bits
+
+
+def stored_dtype(config: FeatureConfig, images: int) -> str:
+    """Return what features are stored in; "auto" takes float16 for a training split above LARGE."""
+    return config.dtype if config.dtype != "auto" else "float16" if images > LARGE else "float32"
 
 
 def recipe_of(config: TransferConfig, method: str) -> dict[str, Any]:
-    """Return the part of a config that a method reads."""
-    content = to_dict(config)
+    """Return the part of a config that a number of a method depends on.
+
+    The data set's own values are filled in; the number of neighbours or shots is in its name.
+    """
+    content = to_dict(config) | {"data": to_dict(resolved(config.data))}
+    del content["knn"]["neighbours"], content["few_shot"]["shots"]
     return {group: content[group] for group in READ_BY[method]}
 
 
-def changed_keys(config: TransferConfig, recipe: TransferConfig, method: str) -> dict[str, Any]:
-    """Return the keys (dotted) of what a method reads that are not as in its recipe."""
-    changed = identity.changed_keys(recipe_of(config, method), recipe_of(recipe, method))
-    return {key: value for key, value in changed.items() if key not in IN_ROWS}
+def changed_keys(config: TransferConfig, own: TransferConfig, method: str) -> dict[str, Any]:
+    """Return the keys (dotted) that make a method's number another one than its name promises.
 
+    The name is that of a recipe of this suite, whoever wrote the config.
 
-def methods_of(config: TransferConfig) -> list[str]:
-    """Return the methods to run.
-
-    Raises:
-        InputError: ``protocol released``, which is a probe's, for a fine-tuning.
+    Args:
+        own: what the config was before single keys were changed, for names that are not shipped.
     """
-    if config.protocol != RELEASED:
-        return config.methods
-    if "finetune" in config.methods:
-        raise InputError(
-            "protocol released is the paper code's linear probe: use a …_linear.yaml, for this "
-            "recipe's methods hold finetune"
-        )
-    return [RELEASED]
+    path = shipped_config(SHIPPED.get(method, config.protocol or method), "transfer")
+    named = load_config(TransferConfig, path) if path else own
+    named = dataclasses.replace(named, data=dataclasses.replace(named.data, name=config.data.name))
+    changed = identity.changed_keys(recipe_of(config, method), recipe_of(named, method))
+    return {key: value for key, value in changed.items() if key not in IN_NAMES}
 
 
 def check(config: TransferConfig) -> None:
-    """Refuse what cannot be run, before any data are read.
+    """Validate a config before any data are read.
 
     Raises:
         InputError: naming the key and what would be right.
     """
-    if config.features.dtype not in DTYPES:
-        raise InputError(
-            f"features.dtype {config.features.dtype!r} is not one of {', '.join(DTYPES)}"
-        )
+    identity.check_version(config.version)
+    if not config.data.name:
+        raise InputError(f"no data set: name one with --data, of {', '.join(DATASETS)}")
+    if config.protocol == "released" and config.methods != ["released"]:
+        raise InputError("protocol released is a recipe: --config transfer/released.yaml")
+    if config.protocol and {"linear", "finetune"} <= set(config.methods):
+        raise InputError("protocol names a probe or a fine-tuning: methods may hold one of them")
+    if config.features.dtype not in (*DTYPES, "auto"):
+        known = ", ".join((*DTYPES, "auto"))
+        raise InputError(f"features.dtype {config.features.dtype!r} is not one of {known}")
     if config.features.amp not in amp.CHOICES:
         raise InputError(f"features.amp {config.features.amp!r} is not one of {amp.CHOICES}")
     if config.features.batch_size < 1:

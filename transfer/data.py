@@ -26,7 +26,7 @@ from models.features import InputSpec
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """What a transfer works on; everything is chosen on ``val``, and ``test`` is used once."""
+    """The data of a transfer; everything is chosen on ``val``, and ``test`` is used once."""
 
     train: IndexedDataset  # the whole training split, without the official val split
     val: IndexedDataset | None  # the official val split, where it is not what is reported on
@@ -43,9 +43,9 @@ def open_splits(cfg: DataConfig, seed: int) -> Splits:
 
     Raises:
         InputError: no data, no split to report on, classes that differ between splits or have no
-            image to learn from or, where it is needed, to be judged on.
+            image to learn from or, where it is needed, to be evaluated on.
     """
-    cfg = dataclasses.replace(cfg, val_fraction=0.0)  # what a transfer holds out is its own affair
+    cfg = dataclasses.replace(cfg, val_fraction=0.0)  # a transfer holds out by its own rule
     reported, available = report_split(cfg), splits_of(cfg)
     if "train" not in available or reported == "train":
         raise InputError(
@@ -158,11 +158,11 @@ def _check_classes(splits: Splits, partial: bool) -> None:
     if empty:
         raise InputError(
             f"class {empty[0]!r} of {train.name} has no image in train ({len(empty)} such "
-            "classes): nothing can be learnt of it"
+            "classes): it cannot be learnt"
         )
     empty = _classes_without_images(test)
     if empty and not (partial and test.metric == "top1"):
-        hint = "; data.partial true takes what there is" if test.metric == "top1" else ""
+        hint = "; data.partial true accepts that" if test.metric == "top1" else ""
         raise InputError(
             f"class {empty[0]!r} of {test.name} has no image in {test.split} ({len(empty)} such "
             f"classes): {test.metric} over all classes is not defined{hint}"

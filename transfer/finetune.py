@@ -45,7 +45,7 @@ class FinetuneConfig:
     schedule: str = "cosine_step"  # cosine_step, multistep or constant
     milestones: list[int] = dataclasses.field(default_factory=list)  # multistep: epochs
     gamma: float = 0.1  # multistep: the rate's factor at each milestone
-    held_out: float = 0.2  # share of train that a grid is judged on, without an official val split
+    held_out: float = 0.2  # share of train that a grid is chosen on, without an official val split
 
 
 class FineTune(Objective):
@@ -64,9 +64,9 @@ class FineTune(Objective):
         """Return ``{"loss_ce"}`` of B×3×S×S images."""
         logits = self.model(images).float()  # B×K
         if labels.ndim == 2:
-            judged = (labels >= 0).float()  # −1: says nothing of this class
+            labelled = (labels >= 0).float()  # −1: not labelled for this class
             losses = F.binary_cross_entropy_with_logits(
-                logits, (labels == 1).float(), weight=judged, reduction="none"
+                logits, (labels == 1).float(), weight=labelled, reduction="none"
             )
             return {"loss_ce": losses.sum(1).mean()}
         return {"loss_ce": F.cross_entropy(logits, labels)}
@@ -107,7 +107,7 @@ class Job:
 def finetune(job: Job, splits: Splits, run_dir: Path) -> Tuned:
     """Choose on held-out images, train on all of them, test once.
 
-    With one rate and one weight decay there is nothing to choose. Each training has a folder of
+    One rate and one weight decay are used as they are. Each training has a folder of
     its own below ``run_dir``; one that is finished is not run again when ``job.resume``.
 
     Raises:
@@ -137,7 +137,7 @@ def finetune(job: Job, splits: Splits, run_dir: Path) -> Tuned:
 
 
 def check(config: FinetuneConfig) -> None:
-    """Refuse values out of range.
+    """Validate the ranges of values.
 
     Raises:
         InputError: naming the key and what would be right.
@@ -177,20 +177,20 @@ def _best(tried: list[dict[str, float | None]]) -> tuple[float, float]:
 def _train_and_score(
     job: Job,
     learn: IndexedDataset,
-    judge: IndexedDataset,
+    evaluated: IndexedDataset,
     lr: float,
     decay: float,
     folder: Path,
     held_out: bool = False,
 ) -> float | None:
-    """Train with one rate and decay and return the score on ``judge``; None if it diverged."""
+    """Train with one rate and decay and return the score on ``evaluated``; None if it diverged."""
     done, fingerprint = folder / "score.json", f"{job.fingerprint} lr {lr} wd {decay}"
     if job.resume and done.exists():
         before = json.loads(done.read_text())
         if before.get("fingerprint") != fingerprint:
             raise InputError(
-                f"{folder} holds a finished training of other weights, another seed or recipe: "
-                "give another --output"
+                f"{folder} holds a finished training of other weights, another seed, recipe or "
+                "data: give another --output"
             )
         return before["score"]
     model = with_new_head(copy.deepcopy(job.backbone.model), len(learn.classes), job.seed)
@@ -199,7 +199,7 @@ def _train_and_score(
         "finetune", epochs, lr, decay, job.config.schedule,
         milestones=tuple(job.config.milestones), gamma=job.config.gamma,
     )  # fmt: skip
-    metric = (HELD_OUT_METRICS if held_out else METRICS)[judge.metric]
+    metric = (HELD_OUT_METRICS if held_out else METRICS)[evaluated.metric]
     score: float | None = None
 
     def save_weights(epoch: int) -> None:
@@ -208,8 +208,8 @@ def _train_and_score(
 
     def evaluate(epoch: int) -> dict[str, float]:
         nonlocal score
-        score = metric(predict(model, judge, job), judge.labels)
-        return {judge.metric: score}
+        score = metric(predict(model, evaluated, job), evaluated.labels)
+        return {evaluated.metric: score}
 
     if dist.is_main():
         folder.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ NORMALISATIONS = ("none", "l2")
 
 @dataclasses.dataclass(frozen=True)
 class LinearConfig:
-    """How the penalty is chosen; the protocol's figures are own choice, for CTC's are not known."""
+    """How the penalty is chosen; the figures are own choice, since CTC's are not published."""
 
     held_out: float = 0.2  # share of the training split, where there is no official val split
     log10_c_min: float = -6.0  # the grid: C × mean feature variance
@@ -84,7 +84,7 @@ def linear_probe(
         kept, held = parts_to_choose_by(train[1].cpu(), config.held_out)
         fit_part = (train[0][kept.to(device)], train[1][kept.to(device)])
         held_part = (train[0][held.to(device)], train[1][held.to(device)])
-    basis = EigenBasis.of(train[0])  # a rotation alone: it changes no fit, and tells nothing
+    basis = EigenBasis.of(train[0])  # only a rotation: it changes no fit
     swept = _sweep(basis, fit_part, held_part, classes, config, metric)
     best = max(range(len(swept)), key=lambda i: (swept[i][1], -i))  # ties: the stronger penalty
     c, held_out_score = swept[best]
@@ -95,7 +95,7 @@ def linear_probe(
 
 
 def check(config: LinearConfig) -> None:
-    """Refuse values out of range.
+    """Validate the ranges of values.
 
     Raises:
         InputError: naming the key and what would be right.
@@ -150,7 +150,9 @@ def c_grid(config: LinearConfig, basis: EigenBasis) -> Sequence[float]:
     """Return the values of C, ascending: the configured ones over the features' mean variance."""
     variance = float(basis.variances.double().sum()) / len(basis.mean)
     if variance <= 0:
-        raise InputError("the features are the same for every image: this network tells nothing")
+        raise InputError(
+            "the features are the same for every image: nothing can be learnt from them"
+        )
     exponents = torch.linspace(
         config.log10_c_min, config.log10_c_max, config.c_values, dtype=torch.float64
     )

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 HISTORY = 20  # pairs that L-BFGS remembers
-IGNORED = -1  # in N×K targets: this image says nothing of this class (VOC's "difficult")
+IGNORED = -1  # in N×K targets: not labelled for this class (VOC's "difficult")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,7 +40,7 @@ def mean_per_class(scores: Tensor, labels: Tensor, skip_absent: bool = False) ->
     counts = torch.bincount(labels, minlength=classes).double()
     present = counts > 0
     if not skip_absent and not bool(present.all()):
-        raise ValueError(f"class {int((~present).nonzero()[0])} has no image to be judged on")
+        raise ValueError(f"class {int((~present).nonzero()[0])} has no image to be evaluated on")
     right = torch.bincount(labels[scores.argmax(1) == labels], minlength=classes).double()
     return 100.0 * (right / counts)[present].mean().item()
 
@@ -57,10 +57,10 @@ def voc07_map(scores: Tensor, targets: Tensor, skip_absent: bool = False) -> flo
     """
     if scores.shape != targets.shape or scores.ndim != 2:
         raise ValueError(f"scores {tuple(scores.shape)} and targets {tuple(targets.shape)} differ")
-    judged = [
+    present = [
         k for k in range(scores.shape[1]) if not skip_absent or bool((targets[:, k] == 1).any())
     ]
-    precisions = [average_precision_11(scores[:, k], targets[:, k]) for k in judged]
+    precisions = [average_precision_11(scores[:, k], targets[:, k]) for k in present]
     return 100.0 * sum(precisions) / len(precisions)
 
 
@@ -74,11 +74,11 @@ def average_precision_11(scores: Tensor, targets: Tensor) -> float:
     Args:
         scores: N. targets: N of 1, 0 and −1 (left out).
     """
-    judged = targets != IGNORED
-    scores, positive = scores[judged].double(), (targets[judged] == 1).double()
+    labelled = targets != IGNORED
+    scores, positive = scores[labelled].double(), (targets[labelled] == 1).double()
     total = positive.sum()
     if total == 0:
-        raise ValueError("a class has no positive image to be judged on")
+        raise ValueError("a class has no positive image to be evaluated on")
     order = scores.argsort(descending=True)
     ranked = scores[order]
     found = positive[order].cumsum(0)

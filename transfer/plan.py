@@ -1,4 +1,4 @@
-"""What a transfer will take, told before it starts: images, steps, time, disk.
+"""What a transfer will take: images, steps, time, disk.
 
 The time is that of an earlier one beside it: the same config, another initialisation or seed.
 """
@@ -17,7 +17,7 @@ from core.progress import format_seconds
 from core.results import ROWS_FILE, read_rows
 from transfer import run
 from transfer.backbone import Backbone
-from transfer.config import TransferConfig, recipe_of
+from transfer.config import TransferConfig, recipe_of, stored_dtype
 from transfer.protocols import Transfer
 
 OF_FEATURES = ("linear", "knn", "few_shot")  # methods that read features, computed once and cached
@@ -30,24 +30,24 @@ def plan(config: TransferConfig, backbone: Backbone, output: Path, resume: bool 
     Raises:
         InputError: as ``run.run``.
     """
-    unit = run.opened(config, backbone, output, resume)
-    train, test = unit.splits.train, unit.splits.test
+    task = run.opened(config, backbone, output, resume)
+    train, test = task.splits.train, task.splits.test
     lines = [
-        f"{', '.join(unit.methods)} of {backbone.init} ({backbone.model.arch}) on {train.name}: "
-        f"{len(train) + len(unit.splits.val or ())} training images, {len(test)} of "
-        f"{test.split}, {unit.splits.classes} classes, seed {unit.seed}",
+        f"{', '.join(task.methods)} of {backbone.init} ({backbone.model.arch}) on {train.name}: "
+        f"{len(train) + len(task.splits.val or ())} training images, {len(test)} of "
+        f"{test.split}, {task.splits.classes} classes, seed {task.seed}",
         f"into {output}",
     ]
-    if "finetune" in unit.methods:
+    if "finetune" in task.methods:
         grid = len(config.finetune.lr) * len(config.finetune.weight_decay)
         trainings = grid + 1 if grid > 1 else 1
         each = f"{config.finetune.epochs} epochs" if config.finetune.epochs else (
             f"{config.finetune.steps} steps"
         )  # fmt: skip
         lines.append(f"trainings: {trainings} of {each} of {config.loop.batch_size} images")
-    lines += [f"time: {expected_time(config, backbone.model.arch, output)}", f"disk: {disk(unit)}"]
-    recipes = [recipe_hash(recipe_of(config, method)) for method in unit.methods]
-    lines.append(announcement(recipes, unit.data, config.version))
+    lines += [f"time: {expected_time(config, backbone.model.arch, output)}", f"disk: {disk(task)}"]
+    recipes = [recipe_hash(recipe_of(config, method)) for method in task.methods]
+    lines.append(announcement(recipes, task.data, config.version))
     resolved = yaml.safe_dump(to_dict(config), sort_keys=False)
     return resolved + "\n".join(f"# {line}" for line in lines)
 
@@ -68,16 +68,17 @@ def expected_time(config: TransferConfig, arch: str, output: Path) -> str:
     return "not known; the progress will show it"
 
 
-def disk(unit: Transfer) -> Disk:
+def disk(task: Transfer) -> Disk:
     """Return what cached features, and the fine-tuned network with its states, need."""
-    config, model = unit.config, unit.backbone.model
+    config, model = task.config, task.backbone.model
     files = []
-    if set(unit.methods) & set(OF_FEATURES) and config.features.cache != "none":
-        images = sum(map(len, (unit.splits.train, unit.splits.val or (), unit.splits.test)))
-        each = images * model.num_features * FEATURE_BYTES[config.features.dtype]
+    if set(task.methods) & set(OF_FEATURES) and config.features.cache != "none":
+        images = sum(map(len, (task.splits.train, task.splits.val or (), task.splits.test)))
+        dtype = stored_dtype(config.features, len(task.splits.train))
+        each = images * model.num_features * FEATURE_BYTES[dtype]
         files.append(Files(1, "feature file", each))
-    if "finetune" in unit.methods:
+    if "finetune" in task.methods:
         weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
         files.append(Files(1, "checkpoint", weights))
         files.append(Files(3, "resume state", 2 * weights))  # the newest in the making
-    return Disk(tuple(files), free_bytes(unit.output))
+    return Disk(tuple(files), free_bytes(task.output))

@@ -1,4 +1,4 @@
-"""The protocols by name: each takes a backbone on a data set and gives one or more numbers.
+"""The methods by name: each evaluates a backbone on a data set and returns its numbers.
 
 Shapes: N images, D feature dimensions, K classes.
 """
@@ -15,28 +15,19 @@ from torch import Tensor
 from core import dist
 from core.errors import InputError
 from core.identity import data_digest, recipe_hash
+from core.results import Measured
 from data.datasets import IndexedDataset
 from models.features import CACHE_DIR, DTYPES, Features, cached
 from transfer import fewshot, finetune, knn, linear
 from transfer.backbone import Backbone
-from transfer.config import RELEASED, TransferConfig, recipe_of
+from transfer.config import TransferConfig, recipe_of, stored_dtype
 from transfer.data import Splits, parts_to_choose_by
 from transfer.metrics import METRICS
 from transfer.released import released_probe
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """One number of one protocol, before it becomes a row."""
-
-    protocol: str
-    value: float
-    selection: str
-    details: dict[str, Any]
-
-
 class Transfer:
-    """What the protocols of one run share: splits, features (computed once), seed."""
+    """What the methods of one run share: splits, features (computed once), seed."""
 
     def __init__(
         self,
@@ -75,15 +66,9 @@ class Transfer:
         more, more_labels = self.features("val")
         return torch.cat([features, more]), torch.cat([labels, more_labels])
 
-    def learnable_labels(self, method: str) -> Tensor:
-        """Return the labels of all that may be learnt from, N, for a method that needs one each.
-
-        Raises:
-            InputError: a data set with several labels an image.
-        """
+    def learnable_labels(self) -> Tensor:
+        """Return the labels of all that may be learnt from."""
         train, val = self.splits.train, self.splits.val
-        if train.labels.ndim == 2:
-            raise InputError(f"{method} needs one label an image, and {train.name} has several")
         return train.labels if val is None else torch.cat([train.labels, val.labels])
 
     def _extract(self, dataset: IndexedDataset, part: str) -> Features:
@@ -96,23 +81,23 @@ class Transfer:
             how.batch_size,
             how.amp,
             self.config.data.workers,
-            dtype=DTYPES[how.dtype],
+            dtype=DTYPES[stored_dtype(how, len(self.splits.train))],
             inputs=self.backbone.inputs,
             description=f"features of {dataset.name} {part}",
             folder=folder,
         )
 
 
-def _linear(unit: Transfer) -> list[Outcome]:
-    val = None if unit.splits.val is None else unit.features("val")
+def _linear(task: Transfer) -> list[Measured]:
+    val = None if task.splits.val is None else task.features("val")
     probe = linear.linear_probe(
-        unit.features("train"),
-        unit.features("test"),
-        unit.splits.classes,
-        unit.config.linear,
-        unit.splits.test.metric,
+        task.features("train"),
+        task.features("test"),
+        task.splits.classes,
+        task.config.linear,
+        task.splits.test.metric,
         val,
-        unit.device,
+        task.device,
     )
     details = {
         "c": probe.c,
@@ -121,46 +106,45 @@ def _linear(unit: Transfer) -> list[Outcome]:
         "iterations": probe.fit.iterations,
         "converged": probe.fit.converged,
     }
-    return [Outcome(unit.config.protocol or "linear", probe.score, _selection(unit), details)]
+    name = task.config.protocol or "linear"
+    return [_measured(task, probe.score, name, _selection(task), details)]
 
 
-def _knn(unit: Transfer) -> list[Outcome]:
-    how = unit.config.knn
-    reference, labels = unit.learnable()
-    queries, targets = unit.features("test")
+def _knn(task: Transfer) -> list[Measured]:
+    how = task.config.knn
+    reference, labels = task.learnable()
+    queries, targets = task.features("test")
     scores = knn.knn_scores(
-        queries, reference, labels, unit.splits.classes, how.neighbours, how.temperature
+        queries, reference, labels, task.splits.classes, how.neighbours, how.temperature
     )
-    metric = METRICS[unit.splits.test.metric]
+    metric, details = METRICS[task.splits.test.metric], {"temperature": how.temperature}
     return [
-        Outcome(
-            f"knn_{k}", metric(s.cpu(), targets.cpu()), "last", {"temperature": how.temperature}
-        )
+        _measured(task, metric(s.cpu(), targets.cpu()), f"knn_{k}", "last", details)
         for k, s in scores.items()
     ]
 
 
-def _few_shot(unit: Transfer) -> list[Outcome]:
-    how = unit.config.few_shot
-    metric = METRICS[unit.splits.test.metric]
-    train, (test, targets) = unit.learnable(), unit.features("test")
-    outcomes = []
+def _few_shot(task: Transfer) -> list[Measured]:
+    how = task.config.few_shot
+    metric = METRICS[task.splits.test.metric]
+    train, (test, targets) = task.learnable(), task.features("test")
+    measured = []
     for shots in how.shots:
         found = fewshot.few_shot(
-            train, (test, targets), unit.splits.classes,
+            train, (test, targets), task.splits.classes,
             lambda scores, labels: metric(scores.cpu(), labels.cpu()),
-            shots, how.draws, how.c, unit.seed,
+            shots, how.draws, how.c, task.seed,
         )  # fmt: skip
         details = {"c": how.c, "draws": found.draws, "interval_95": found.half_width}
-        outcomes.append(Outcome(f"few_shot_{shots}", found.mean, "last", details))
-    return outcomes
+        measured.append(_measured(task, found.mean, f"few_shot_{shots}", "last", details))
+    return measured
 
 
-def _released(unit: Transfer) -> list[Outcome]:
-    how = unit.config.released
+def _released(task: Transfer) -> list[Measured]:
+    how = task.config.released
     scores = released_probe(
-        unit.backbone.model, unit.splits.train, unit.splits.test, how, unit.backbone.inputs,
-        seed=unit.seed, device=unit.device, workers=unit.config.data.workers,
+        task.backbone.model, task.splits.train, task.splits.test, how, task.backbone.inputs,
+        seed=task.seed, device=task.device, workers=task.config.data.workers,
     )  # fmt: skip
     best = max(range(len(scores)), key=scores.__getitem__)
     details = {
@@ -169,18 +153,17 @@ def _released(unit: Transfer) -> list[Outcome]:
         "last_epoch_score": scores[-1],
         **dataclasses.asdict(how),
     }
-    name = "linear" if unit.config.protocol in ("", RELEASED) else unit.config.protocol
-    return [Outcome(f"{name}_released", scores[best], "best on test", details)]
+    return [_measured(task, scores[best], "linear_released", "best on test", details)]
 
 
-def _finetune(unit: Transfer) -> list[Outcome]:
-    config = unit.config
+def _finetune(task: Transfer) -> list[Measured]:
+    config = task.config
     recipe = recipe_hash(recipe_of(config, "finetune"))
     job = finetune.Job(
-        unit.backbone, config.finetune, config.loop, config.data, unit.seed, unit.device,
-        f"{unit.backbone.sha256} {recipe} {unit.data} seed {unit.seed}", unit.resume,
+        task.backbone, config.finetune, config.loop, config.data, task.seed, task.device,
+        f"{task.backbone.sha256} {recipe} {task.data} seed {task.seed}", task.resume,
     )  # fmt: skip
-    tuned = finetune.finetune(job, unit.splits, unit.output / "finetune")
+    tuned = finetune.finetune(job, task.splits, task.output / "finetune")
     details = {
         "lr": tuned.lr,
         "weight_decay": tuned.weight_decay,
@@ -189,37 +172,46 @@ def _finetune(unit: Transfer) -> list[Outcome]:
         "amp": config.loop.amp,
         "tried": tuned.tried,
     }
-    selection = _selection(unit) if tuned.tried else "last"
-    return [Outcome(config.protocol or "finetune", tuned.score, selection, details)]
+    selection = _selection(task) if tuned.tried else "last"
+    name = config.protocol or "finetune"
+    return [_measured(task, tuned.score, name, selection, details)]
 
 
-def _enough_neighbours(unit: Transfer) -> None:
-    wanted, there = max(unit.config.knn.neighbours), len(unit.learnable_labels("knn"))
+def _measured(
+    task: Transfer, value: float, protocol: str, selection: str, details: dict[str, Any]
+) -> Measured:
+    metric = task.splits.test.metric
+    return Measured(value, metric, "%", protocol, task.splits.test.split, selection, details)
+
+
+def _enough_neighbours(task: Transfer) -> None:
+    wanted, there = max(task.config.knn.neighbours), len(task.learnable_labels())
     if wanted > there:
         raise InputError(f"knn.neighbours has {wanted}, but there are {there} images to learn from")
 
 
-def _enough_shots(unit: Transfer) -> None:
-    counts = torch.bincount(unit.learnable_labels("few_shot"), minlength=unit.splits.classes)
-    fewest, wanted = int(counts.argmin()), max(unit.config.few_shot.shots)
+def _enough_shots(task: Transfer) -> None:
+    counts = torch.bincount(task.learnable_labels(), minlength=task.splits.classes)
+    fewest, wanted = int(counts.argmin()), max(task.config.few_shot.shots)
     if int(counts[fewest]) < wanted:
-        train = unit.splits.train
+        train = task.splits.train
         raise InputError(
             f"few_shot.shots has {wanted}, but class {train.classes[fewest]!r} of {train.name} has "
             f"{int(counts[fewest])} images to learn from"
         )
 
 
-def _enough_to_choose_on(unit: Transfer) -> None:
-    if unit.splits.val is None:
-        parts_to_choose_by(unit.splits.train.labels, unit.config.linear.held_out)
+def _enough_to_choose_on(task: Transfer) -> None:
+    if task.splits.val is None:
+        parts_to_choose_by(task.splits.train.labels, task.config.linear.held_out)
 
 
-def _selection(unit: Transfer) -> str:
-    return "best on held-out train" if unit.splits.val is None else "best on val"
+def _selection(task: Transfer) -> str:
+    return "best on held-out train" if task.splits.val is None else "best on val"
 
 
-METHODS: dict[str, Callable[[Transfer], list[Outcome]]] = {
+ONE_LABEL = ("knn", "few_shot")  # methods for data sets with one label an image
+METHODS: dict[str, Callable[[Transfer], list[Measured]]] = {
     "linear": _linear,  # features once, logistic regression
     "knn": _knn,
     "few_shot": _few_shot,
@@ -227,7 +219,7 @@ METHODS: dict[str, Callable[[Transfer], list[Outcome]]] = {
     "finetune": _finetune,
 }
 
-NEEDS: dict[str, Callable[[Transfer], None]] = {  # told before any feature is computed
+NEEDS: dict[str, Callable[[Transfer], None]] = {  # checks before any feature is computed
     "linear": _enough_to_choose_on,
     "knn": _enough_neighbours,
     "few_shot": _enough_shots,

@@ -8,14 +8,14 @@ from core import dist
 from core.config import save_config
 from core.errors import InputError
 from core.files import check_not_locked
-from core.identity import recipe_hash
-from core.results import ROWS_FILE, ResultRow, append_rows
+from core.identity import protocol_name, recipe_hash
+from core.results import ROWS_FILE, Measured, ResultRow, append_rows
 from data.catalogue import look_up
 from data.datasets import places_of
 from transfer.backbone import Backbone
-from transfer.config import TransferConfig, changed_keys, check, methods_of, recipe_of
-from transfer.data import open_splits
-from transfer.protocols import METHODS, NEEDS, Outcome, Transfer
+from transfer.config import TransferConfig, changed_keys, check, recipe_of
+from transfer.data import Splits, open_splits
+from transfer.protocols import METHODS, NEEDS, ONE_LABEL, Transfer
 
 
 def run(
@@ -30,22 +30,21 @@ def run(
     Every rank of a group calls it; the first one writes.
 
     Args:
-        recipe: what ``config`` was before single keys were changed; the rows of a method that
-            reads one of these have a protocol's name of their own.
+        recipe: what ``config`` was before single keys were changed; see ``changed_keys``.
 
     Raises:
         InputError: a config, data set or checkpoint that cannot be used; nothing is written.
     """
-    unit = opened(config, backbone, output, resume)
+    task = opened(config, backbone, output, resume)
     rows: list[ResultRow] = []
     with dist.locked(output):
-        for method in unit.methods:
+        for method in task.methods:
             started = time.monotonic()
-            outcomes = METHODS[method](unit)
+            measured = METHODS[method](task)
             seconds = round(time.monotonic() - started, 2)
             changed = changed_keys(config, recipe or config, method)
             details = {"method": method, "seconds": seconds, "overrides": changed}
-            new = [_row(unit, outcome, details) for outcome in outcomes]
+            new = [_row(task, found, details) for found in measured]
             if dist.is_main():  # kept method by method: a signal may end the next one
                 save_config(config, output / "config.yaml")
                 append_rows(output / ROWS_FILE, new)
@@ -61,41 +60,51 @@ def opened(config: TransferConfig, backbone: Backbone, output: Path, resume: boo
         raise InputError(f"methods names {wrong}; known are {', '.join(METHODS)}")
     check(config)
     check_not_locked(output)
-    methods = methods_of(config)
     seed = backbone.seed if config.seed < 0 else config.seed
     splits = open_splits(config.data, seed)
-    unit = Transfer(config, methods, backbone, splits, seed, output, resume)
+    methods = _fitting(config.methods, splits)
+    task = Transfer(config, methods, backbone, splits, seed, output, resume)
     for method in methods:
-        NEEDS.get(method, lambda unit: None)(unit)
+        NEEDS.get(method, lambda task: None)(task)
     begun = (output / "finetune").exists()
     dist.barrier()  # before any rank makes that folder
     if "finetune" in methods and begun and not resume:
         raise InputError(
-            f"{output / 'finetune'} holds a training already: say --resume to go on with it, or "
-            "give another --output"
+            f"{output / 'finetune'} holds a training already: give --resume to go on with it, or "
+            "another --output"
         )
-    return unit
+    return task
 
 
-def _row(unit: Transfer, outcome: Outcome, details: dict[str, Any]) -> ResultRow:
-    """Return the result row of an outcome.
+def _fitting(methods: list[str], splits: Splits) -> list[str]:
+    """Return the methods without those that need one label an image, where it has several."""
+    if splits.train.labels.ndim == 1:
+        return methods
+    kept = [method for method in methods if method not in ONE_LABEL]
+    left_out = ", ".join(method for method in methods if method in ONE_LABEL)
+    if not kept:
+        raise InputError(f"{left_out} needs one label an image, {splits.train.name} has several")
+    if left_out and dist.is_main():
+        print(f"{splits.train.name} has several labels an image: without {left_out}", flush=True)
+    return kept
 
-    What makes numbers incomparable, another resolution, a limit or changed keys, is said in the
-    protocol's name: equal changes share a name.
+
+def _row(task: Transfer, found: Measured, details: dict[str, Any]) -> ResultRow:
+    """Return a result row.
+
+    Another resolution, a limit and changed keys stand in the protocol's name.
     """
-    config, test, backbone = unit.config, unit.splits.test, unit.backbone
-    changed = (
-        "" if test.image_size == look_up(config.data.name).image_size else f"_{test.image_size}px"
-    )
+    config, test, backbone = task.config, task.splits.test, task.backbone
+    name = found.protocol
+    if test.image_size != look_up(config.data.name).image_size:
+        name += f"_{test.image_size}px"
     if config.data.limit:
-        changed += f"_limit{config.data.limit}"
-    if details["overrides"]:
-        changed += f"+{recipe_hash(details['overrides'])[:6]}"
+        name += f"_limit{config.data.limit}"
     details = details | {
         "image_size": test.image_size,
-        "train_images": len(unit.splits.train) + len(unit.splits.val or ()),
+        "train_images": len(task.splits.train) + len(task.splits.val or ()),
         "test_images": len(test),
-        "read_from": places_of([unit.splits.train, test]),
+        "read_from": places_of([task.splits.train, test]),
         "arch": backbone.model.arch,
         "pretrained_on": backbone.dataset,
         "pretrain_seed": backbone.seed,
@@ -103,21 +112,21 @@ def _row(unit: Transfer, outcome: Outcome, details: dict[str, Any]) -> ResultRow
     }
     return ResultRow(
         step="transfer",
-        protocol=outcome.protocol + changed,
+        protocol=protocol_name(name, details["overrides"]),
         dataset=test.name,
-        split=test.split,
-        metric=test.metric,
-        value=outcome.value,
-        unit="%",
+        split=found.split,
+        metric=found.metric,
+        value=found.value,
+        unit=found.unit,
         init=backbone.init,
-        seed=unit.seed,
+        seed=task.seed,
         epoch=backbone.epoch,
-        selection=outcome.selection,
+        selection=found.selection,
         weights=backbone.sha256,
         weights_path=backbone.path,
         config=recipe_hash(recipe_of(config, details["method"])),
-        data=unit.data,
+        data=task.data,
         version=config.version,
-        run=str(unit.output),
-        details=details | outcome.details,
+        run=str(task.output),
+        details=details | found.details,
     )
