@@ -11,9 +11,10 @@ from torch import Tensor
 
 from core.errors import InputError
 from data.datasets import DataConfig, IndexedDataset, evaluation_loader, normalise, open_dataset
+from models.base import Network
 from models.checkpoint import Checkpoint
+from models.factory import create_model
 from models.features import CACHE_DIR, InputSpec, cached
-from models.resnet import ResNet, create_model
 
 BLOCK = 512  # images that are read at a time
 
@@ -28,7 +29,7 @@ class Extraction:
     cache: bool = True  # keep features under runs/.cache, named by a hash of their content
 
 
-def network_of(checkpoint: Checkpoint) -> ResNet:
+def network_of(checkpoint: Checkpoint) -> Network:
     """Return the network in a checkpoint.
 
     Raises:

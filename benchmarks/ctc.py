@@ -79,7 +79,7 @@ class Batch:
         torch.manual_seed(0)
         labels = torch.arange(images) % CLASSES
         stub: Any = nn.Linear(1, 1)
-        stub.num_features = 1
+        stub.head_hidden_size = 1
         self.term = PreservationTerm(stub, labels, config)
         self.banks = (self.term.frozen_bank, self.term.bank)  # that v and t are contrasted with
         self.index = torch.randperm(images)[:B]

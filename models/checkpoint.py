@@ -20,6 +20,7 @@ from torch import Tensor
 
 from core.errors import InputError, NonFiniteLoss
 from core.files import atomic_file as atomic_file  # re-exported: who saves needs both
+from models import user_file
 
 FORMAT = "transfer-suite checkpoint"
 VERSION = 1
@@ -45,7 +46,7 @@ OTHER_KINDS = (
 class Facts:
     """What a checkpoint says of itself; everything a later step would otherwise have to guess."""
 
-    arch: str  # a key of models.resnet.ARCHITECTURES
+    arch: str  # a name of models.factory; of a user's file with its full path
     num_classes: int
     method: str  # "random", "ce", "ctc"
     epoch: int  # epochs finished; 0 is the initialisation
@@ -105,6 +106,11 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         raise InputError(f"{path} has version {content['version']}, newer than {VERSION}: update")
     names = {field.name for field in dataclasses.fields(Facts)}
     facts = {key: value for key, value in content["facts"].items() if key in names}
+    if user_file.is_name(facts["arch"]) and not Path(facts["arch"]).is_absolute():
+        raise InputError(
+            f"{path}: its facts name the file of its network by a relative path, "
+            f"{facts['arch']}, which this suite does not write; no such code is run"
+        )
     facts["mean"], facts["std"] = tuple(facts["mean"]), tuple(facts["std"])
     return Checkpoint(Facts(**facts), content["model"], path)
 

@@ -22,13 +22,13 @@ from core.progress import Progress
 from data.datasets import IndexedDataset, evaluation_loader, normalise
 from models import amp as amp_module
 from models import checkpoint
+from models.base import head_prefixes
 
 VERSION = 1  # of the cache: raise it when extraction changes in a way that changes features
 CACHE_DIR = ROOT / "runs" / ".cache" / "features"
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 GATHER_ROWS = 8192  # features that travel between ranks at a time
 NAMED_FAILURES = 5  # unreadable images that an error names; all are counted
-HEAD = "fc."  # keys of the classifier, which no feature depends on
 
 
 class NonFiniteFeatures(InputError):
@@ -170,10 +170,11 @@ def cache_key(
 
 
 def weights_signature(model: nn.Module) -> str:
-    """Return a sha256 of the architecture and of all weights and buffers but the head's."""
-    digest = hashlib.sha256(f"{getattr(model, 'arch', type(model).__name__)}\n".encode())
+    """Return a sha256 of the architecture and of all weights and buffers but the classifier's."""
+    name = f"{getattr(model, 'arch', type(model).__name__)}{getattr(model, 'code', '')}"
+    digest, head = hashlib.sha256(f"{name}\n".encode()), head_prefixes(model)
     for key, value in sorted(model.state_dict().items()):
-        if not key.startswith(HEAD) and not key.endswith("num_batches_tracked"):
+        if not key.startswith(head) and not key.endswith("num_batches_tracked"):
             digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
             digest.update(_bytes(value))
     return digest.hexdigest()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from core.errors import InputError
+from models.base import Network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,11 @@ class Architecture:
     @property
     def num_features(self) -> int:
         """D, the channels of the last stage."""
-        return self.width * 2 ** (len(self.layers) - 1) * BLOCKS[self.block].expansion
+        return self.channels(len(self.layers) - 1)
+
+    def channels(self, stage: int) -> int:
+        """Return the channels of the map after a stage, counted from 0."""
+        return self.width * 2**stage * BLOCKS[self.block].expansion
 
 
 class PreActivationBlock(nn.Module):
@@ -90,7 +95,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-class ResNet(nn.Module):
+class ResNet(Network):
     """A residual network that gives features and logits by separate calls.
 
     Keys of the four-stage networks equal torchvision's, so that their weights are
@@ -101,7 +106,7 @@ class ResNet(nn.Module):
     def __init__(self, arch: str, spec: Architecture, num_classes: int) -> None:
         super().__init__()
         self.arch = arch
-        self.num_features = spec.num_features
+        self.num_features = self.head_hidden_size = spec.num_features
         self.num_stages = len(spec.layers)
         channels = spec.stem_width or spec.width
         if spec.stem == "imagenet":
@@ -168,6 +173,14 @@ class ResNet(nn.Module):
         """Pool an N×D×h×w map to N×D (``pre_logits``), or go on to logits, N×K."""
         pooled = torch.flatten(self.avgpool(features), 1)
         return pooled if pre_logits else self.fc(pooled)
+
+    def get_classifier(self) -> nn.Module:
+        """Return the last layer."""
+        return self.fc
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Put a new last layer in place, drawn as torch draws linear layers."""
+        self.fc = nn.Linear(self.num_features, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map N×3×S×S normalised images to logits, N×K."""

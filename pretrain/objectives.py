@@ -80,7 +80,7 @@ class CTC(Objective):
         if (config.alpha, config.beta)[number] == 0:
             self.term = None
         elif number == 0:
-            features = self.model.num_features
+            features = self.model.head_hidden_size
             self.term = InstanceTerm(features, len(labels), config, self.seed)
         else:
             self.term = PreservationTerm(self.model, labels, config, self.seed)
@@ -175,7 +175,7 @@ class PreservationTerm(nn.Module):
         super().__init__()
         self.config, self.images = config, len(labels)
         self.frozen = copy.deepcopy(model).requires_grad_(False).eval()
-        features: Any = model.num_features
+        features: Any = model.head_hidden_size
         self.projection = seeded_linear(features, config.dim2, seed, 2)  # of v
         self.frozen_projection = seeded_linear(features, config.dim2, seed, 3)  # of t
         self.bank, self.frozen_bank = (  # M^v, M^t

@@ -34,8 +34,8 @@ from data.datasets import (
     report_split,
     to_device,
 )
-from models import amp, checkpoint
-from models.resnet import ResNet, create_model, find_architecture
+from models import amp, checkpoint, factory
+from models.base import Network
 from pretrain.objectives import CTC, CrossEntropy
 from pretrain.recipe import CEConfig, CTCConfig
 from training import loop, resume
@@ -54,8 +54,10 @@ class PretrainConfig:
     recipe: str = ""  # its name in result rows; the tool sets the file's
     init: str = ""  # the initialisation's name in tables; "": the method
     method: str = "ce"  # ce, ctc, or random: only the initialisation is saved, as epoch 0
-    arch: str = "resnet50"  # a key of models.resnet.ARCHITECTURES
+    arch: str = "resnet50"  # a name of models.factory: resnet50, timm/NAME or FILE.py:FUNCTION
     zero_init_residual: bool = False  # every residual branch starts at zero (arXiv 1706.02677, 5.1)
+    # in our ResNets; timm's networks and a user's keep their own initialisation
+    drop_path_rate: float = 0.0  # stochastic depth of timm's networks (arXiv 1603.09382)
     seed: int = 1  # of weights, order, augmentation, negatives
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     ce: CEConfig = dataclasses.field(default_factory=CEConfig)  # read when method is ce
@@ -140,12 +142,13 @@ def make_ready(config: PretrainConfig) -> tuple[IndexedDataset, IndexedDataset, 
         raise InputError(f"seed {config.seed} must be in 0..{LARGEST_SEED}")
     if config.method not in METHODS:
         raise InputError(f"method {config.method!r} is not one of {', '.join(METHODS)}")
-    find_architecture(config.arch)
+    factory.check_name(config.arch)
     (config.ctc if config.method == "ctc" else config.ce).stages()
     loop.check(config.loop)  # what needs no data comes first: to list a million files takes minutes
     torch.manual_seed(config.seed)
     dataset, held_out = open_data(config)
     loop.check(config.loop, len(dataset))
+    factory.check_image_size(config.arch, dataset.image_size)
     return dataset, held_out, build_objective(config, dataset)
 
 
@@ -153,8 +156,9 @@ def build_objective(config: PretrainConfig, dataset: IndexedDataset) -> Objectiv
     """Return the method's objective around a fresh network."""
     if dataset.labels.dim() != 1:
         raise InputError(f"{dataset.name} has several labels an image; pretraining needs one")
-    model = create_model(config.arch, len(dataset.classes))
-    if config.zero_init_residual:
+    options = {"drop_path_rate": config.drop_path_rate} if config.drop_path_rate else {}
+    model: Any = factory.create_model(config.arch, len(dataset.classes), **options)
+    if config.zero_init_residual and hasattr(model, "zero_init_residual"):
         model.zero_init_residual()
     if config.method == "ctc":
         return CTC(model, dataset.labels, config.ctc, config.seed)
@@ -171,7 +175,7 @@ def open_data(config: PretrainConfig) -> tuple[IndexedDataset, IndexedDataset]:
 
 
 @torch.no_grad()
-def top1(model: ResNet, dataset: IndexedDataset, config: PretrainConfig, device: Any) -> float:
+def top1(model: Network, dataset: IndexedDataset, config: PretrainConfig, device: Any) -> float:
     """Return the share of images whose highest logit is their class, in %, over all ranks."""
     model.eval()
     counts = torch.zeros(2, dtype=torch.float64, device=device)  # right, all
@@ -269,7 +273,7 @@ def checkpoint_path(folder: Path, epoch: int) -> Path:
 def facts_of(config: PretrainConfig, dataset: IndexedDataset, epoch: int) -> checkpoint.Facts:
     """Return what a checkpoint says of itself."""
     return checkpoint.Facts(
-        arch=config.arch,
+        arch=factory.canonical(config.arch),
         num_classes=len(dataset.classes),
         method=config.method,
         epoch=epoch,

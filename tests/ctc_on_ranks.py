@@ -53,7 +53,7 @@ RUNS: dict[str, CTCConfig | None] = {
 class ToyNetwork(nn.Module):
     """Convolution, ReLU, mean, linear: the calls of models.resnet's networks, without BatchNorm."""
 
-    num_features = 7
+    num_features = head_hidden_size = 7
 
     def __init__(self) -> None:
         super().__init__()

@@ -29,6 +29,9 @@ class Network(nn.Module):
         self.bn = nn.BatchNorm2d(8)
         self.fc = nn.Linear(8, 5)
 
+    def get_classifier(self) -> torch.nn.Module:
+        return self.fc
+
     def forward_features(self, x: Tensor) -> Tensor:
         return torch.relu(self.bn(self.conv(x)))
 

@@ -22,6 +22,7 @@ from core.progress import Progress
 from core.signals import StopRequests
 from data.datasets import EpochSampler, IndexedDataset, normalise, to_device, training_loader
 from models import amp
+from models.base import sync_batch_norm
 from training import resume
 from training.resume import Position
 from training.schedule import Stage, learning_rate
@@ -286,7 +287,7 @@ class Trainer:
         memory = torch.channels_last if self.config.channels_last else torch.contiguous_format
         self.objective.to(self.device, memory_format=memory)  # type: ignore[call-overload]
         if self.config.sync_bn and dist.world_size() > 1:
-            self.objective.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.objective.model)
+            self.objective.model = sync_batch_norm(self.objective.model)
         self.optimizer = make_optimizer(self.config, self._groups(stage.weight_decay), stage.lr)
         if previous is not None:
             resume.carry_momentum(previous, self.optimizer)

@@ -13,16 +13,18 @@ from torchvision.models.resnet import Bottleneck
 
 from core.errors import InputError
 from core.seeds import torch_seeded
+from models.base import Network, head_prefixes
 from models.checkpoint import Checkpoint
+from models.factory import create_model
 from models.features import InputSpec
-from models.resnet import ARCHITECTURES, Architecture, ResNet, create_model
+from models.resnet import ARCHITECTURES, Architecture, ResNet
 
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
     """What is evaluated. Its network has a head of one class, which nothing uses."""
 
-    model: ResNet
+    model: Network
     inputs: InputSpec
     init: str  # "ctc", "ce", "random", "moco", …: how result rows name it
     seed: int  # of the pretraining; 0 where unknown
@@ -80,7 +82,7 @@ def from_tensors(
     Raises:
         InputError: tensors that are not those of the architecture, or not finite.
     """
-    model = (
+    model: Network = (
         create_model(arch, 1) if arch in ARCHITECTURES or spec is None else ResNet(arch, spec, 1)
     )
     tensors = dict(state)
@@ -103,15 +105,15 @@ def from_tensors(
     )
 
 
-def load_backbone(model: ResNet, state: Mapping[str, Tensor], path: str) -> None:
-    """Load every tensor but the head's; nothing may be missing, left over or not finite.
+def load_backbone(model: Network, state: Mapping[str, Tensor], path: str) -> None:
+    """Load every tensor but the classifier's; nothing may be missing, left over or not finite.
 
     Raises:
         InputError: naming the file and the first tensor that is wrong.
     """
-    own = model.state_dict()
-    given = {k: v for k, v in state.items() if not k.startswith("fc.")}
-    needed = [k for k in own if not k.startswith("fc.") and not k.endswith("num_batches_tracked")]
+    own, head = model.state_dict(), head_prefixes(model)
+    given = {k: v for k, v in state.items() if not k.startswith(head)}
+    needed = [k for k in own if not k.startswith(head) and not k.endswith("num_batches_tracked")]
     missing = [k for k in needed if k not in given]
     extra = [k for k in given if k not in own]
     if missing or extra:
@@ -131,14 +133,14 @@ def load_backbone(model: ResNet, state: Mapping[str, Tensor], path: str) -> None
     model.load_state_dict(given, strict=False)
 
 
-def with_new_head(model: ResNet, classes: int, seed: int) -> ResNet:
-    """Give the network a fresh linear head, drawn from ``seed`` as torch draws linear layers."""
+def with_new_head(model: Network, classes: int, seed: int) -> Network:
+    """Give the network a fresh classifier, drawn from ``seed`` as its architecture draws it."""
     with torch_seeded(seed, classes):
-        model.fc = torch.nn.Linear(model.num_features, classes)
+        model.reset_classifier(classes)
     return model
 
 
-def _move_strides(model: ResNet) -> None:
+def _move_strides(model: Network) -> None:
     """Put each bottleneck's stride into its first 1×1 convolution, as MSRA's networks have it."""
     model.arch = f"{model.arch} (stride in the 1×1)"  # another function: features are not shared
     for module in model.modules():

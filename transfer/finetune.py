@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from core import dist
 from core.errors import InputError, UnreadableImage
 from data.datasets import DataConfig, IndexedDataset
+from models.base import Network, head_prefixes
 from models.checkpoint import Facts, atomic_file, save_checkpoint
 from models.features import NonFiniteFeatures, all_unreadable, check_readable, extract
-from models.resnet import ResNet
 from training import resume
 from training.loop import Hooks, LoopConfig, NonFiniteLoss, Objective, Stage, train
 from training.schedule import SCHEDULES
@@ -51,9 +51,9 @@ class FinetuneConfig:
 class FineTune(Objective):
     """Cross-entropy of a network with a new head (one sigmoid a class for N×K labels)."""
 
-    def __init__(self, model: ResNet, stage: Stage, head_lr_factor: float) -> None:
+    def __init__(self, model: Network, stage: Stage, head_lr_factor: float) -> None:
         super().__init__()
-        self.model: ResNet = model
+        self.model: Network = model
         self.stage, self.head_lr_factor = stage, head_lr_factor
 
     def stages(self) -> list[Stage]:
@@ -72,9 +72,10 @@ class FineTune(Objective):
         return {"loss_ce": F.cross_entropy(logits, labels)}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the backbone's parameters and the head's, which has a rate of its own."""
-        head = list(self.model.fc.parameters())
-        body = [p for name, p in self.model.named_parameters() if not name.startswith("fc.")]
+        """Return the backbone's parameters and the classifier's, which has a rate of its own."""
+        prefixes, named = head_prefixes(self.model), list(self.model.named_parameters())
+        head = [p for name, p in named if name.startswith(prefixes)]
+        body = [p for name, p in named if not name.startswith(prefixes)]
         return [{"params": body}, {"params": head, "lr_factor": self.head_lr_factor}]
 
 
@@ -243,7 +244,7 @@ def _train_and_score(
     return score
 
 
-def _save(job: Job, model: ResNet, learnt: IndexedDataset, path: Path) -> None:
+def _save(job: Job, model: Network, learnt: IndexedDataset, path: Path) -> None:
     """Write the fine-tuned network, head included, as a checkpoint of this suite."""
     backbone = job.backbone
     facts = Facts(
@@ -260,7 +261,7 @@ def _save(job: Job, model: ResNet, learnt: IndexedDataset, path: Path) -> None:
     save_checkpoint(path, model.state_dict(), facts)
 
 
-def predict(model: ResNet, dataset: IndexedDataset, job: Job) -> Tensor:
+def predict(model: Network, dataset: IndexedDataset, job: Job) -> Tensor:
     """Return logits of every image, N×K in the order of the data set, on every rank."""
     return extract(
         _Logits(model), dataset, job.device, job.loop.batch_size,
@@ -271,7 +272,7 @@ def predict(model: ResNet, dataset: IndexedDataset, job: Job) -> Tensor:
 class _Logits(nn.Module):
     """Shows logits where ``extract`` looks for pooled features."""
 
-    def __init__(self, model: ResNet) -> None:
+    def __init__(self, model: Network) -> None:
         super().__init__()
         self.model = model
 

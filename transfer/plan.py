@@ -75,7 +75,7 @@ def disk(task: Transfer) -> Disk:
     if set(task.methods) & set(OF_FEATURES) and config.features.cache != "none":
         images = sum(map(len, (task.splits.train, task.splits.val or (), task.splits.test)))
         dtype = stored_dtype(config.features, len(task.splits.train))
-        each = images * model.num_features * FEATURE_BYTES[dtype]
+        each = images * model.head_hidden_size * FEATURE_BYTES[dtype]
         files.append(Files(1, "feature file", each))
     if "finetune" in task.methods:
         weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())

@@ -62,7 +62,7 @@ def released_probe(
     device = torch.device(device)
     network = copy.deepcopy(model).to(device).train().requires_grad_(False)
     with torch_seeded(seed):
-        head = nn.Linear(network.num_features, len(train.classes)).to(device)  # type: ignore[arg-type]
+        head = nn.Linear(network.head_hidden_size, len(train.classes)).to(device)  # type: ignore[arg-type]
     optimizer = torch.optim.SGD(
         head.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
     )

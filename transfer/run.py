@@ -12,6 +12,7 @@ from core.identity import protocol_name, recipe_hash
 from core.results import ROWS_FILE, Measured, ResultRow, append_rows
 from data.catalogue import look_up
 from data.datasets import places_of
+from models.factory import check_image_size
 from transfer.backbone import Backbone
 from transfer.config import TransferConfig, changed_keys, check, recipe_of
 from transfer.data import Splits, open_splits
@@ -63,6 +64,7 @@ def opened(config: TransferConfig, backbone: Backbone, output: Path, resume: boo
     seed = backbone.seed if config.seed < 0 else config.seed
     splits = open_splits(config.data, seed)
     methods = _fitting(config.methods, splits)
+    check_image_size(backbone.model.arch, splits.test.image_size)
     task = Transfer(config, methods, backbone, splits, seed, output, resume)
     for method in methods:
         NEEDS.get(method, lambda task: None)(task)
