@@ -7,18 +7,19 @@ lock from its first moment to its last. So it survives its runner, and the next 
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from core.errors import InputError
+from core.files import check_not_locked, locked
 from core.launch import visible_gpus
 from core.signals import leave_lost_terminal
 
@@ -110,9 +111,7 @@ class LocalExecutor:
         self._forget_ended()
         taken = self._free(task.gpus) if self.slots > 1 else []
         task.log.parent.mkdir(parents=True, exist_ok=True)
-        with task.log.open("ab") as log, held(task.lock) as lock:
-            if lock is None:
-                raise InputError(f"{task.name} is running already ({task.lock} is locked)")
+        with task.log.open("ab") as log, locked(task.lock.parent, name=task.lock.name) as lock:
             log.write(f"$ {subprocess.list2cmdline(task.command)}\n".encode())
             log.flush()
             shown = log.tell() if self.slots == 1 else None
@@ -121,7 +120,8 @@ class LocalExecutor:
                 env=os.environ | {"PYTHONUNBUFFERED": "1"} | self._share(taken),
                 start_new_session=True, pass_fds=[lock],
             )  # fmt: skip
-            os.write(lock, f"{process.pid} {socket.gethostname()}".encode())
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"process {process.pid} on {socket.gethostname()}".encode(), 0)
         return self._keep(_Process(task, process.pid, taken, shown, process))
 
     def again(self, task: Task, ticket: str) -> "_Process | None":
@@ -138,10 +138,12 @@ class LocalExecutor:
                 raise InputError(f"{ticket} runs it: take --executor slurm, or end that job")
         if not is_held(task.lock):
             return None
-        pid, _, host = task.lock.read_text().partition(" ")
-        own = int(pid) if pid and host == socket.gethostname() else 0
+        found = re.fullmatch(r"process (\d+) on (.+)", task.lock.read_text())
+        pid = int(found[1]) if found and found[2] == socket.gethostname() else 0
+        pid = pid if _is_of(pid, task) else 0
+        devices = _environment_of(pid).get("CUDA_VISIBLE_DEVICES", "").split(",")
         shown = task.log.stat().st_size if self.slots == 1 else None
-        return self._keep(_Process(task, own, _devices_of(own), shown))
+        return self._keep(_Process(task, pid, [d for d in devices if d], shown))
 
     def wait(self) -> None:
         """Let a fifth of a second pass, and show the new lines of the logs."""
@@ -201,7 +203,7 @@ class _Process:
         child: "subprocess.Popen[bytes] | None" = None,
     ) -> None:
         self.task, self.pid, self.devices, self.shown, self.child = task, pid, devices, shown, child
-        self.ticket = f"process {pid}" if pid else "a process of another machine"
+        self.ticket = task.lock.read_text() or "a process"
 
     def ended(self) -> End | None:
         """Return how it has ended, None while it runs; the status is that of a child only."""
@@ -223,40 +225,13 @@ class _Process:
             write_out(data)
 
 
-@contextlib.contextmanager
-def held(path: Path) -> Iterator[int | None]:
-    """Lock a file within the block, and as long as a child has it open; None: another has it.
-
-    Raises:
-        InputError: the file system has no locks.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        locked = _lock(descriptor, fcntl.LOCK_EX, path)
-        if locked:
-            os.ftruncate(descriptor, 0)
-        yield descriptor if locked else None
-    finally:
-        os.close(descriptor)
-
-
-def is_held(path: Path) -> bool:
+def is_held(lock: Path) -> bool:
     """Whether a process has locked a file."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return not _lock(file.fileno(), fcntl.LOCK_SH, path)
-
-
-def _lock(descriptor: int, kind: int, path: Path) -> bool:
     try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        raise InputError(f"{path} cannot be locked ({error.strerror}): use another disk") from None
-    return True
+        check_not_locked(lock.parent, name=lock.name)
+    except InputError:
+        return True
+    return False
 
 
 def write_out(data: bytes) -> None:
@@ -275,10 +250,16 @@ def write_out(data: bytes) -> None:
         leave_lost_terminal()
 
 
-def _devices_of(pid: int) -> list[str]:
-    """Return the GPUs that a process was given."""
+def _environment_of(pid: int) -> dict[str, str]:
     with contextlib.suppress(OSError):
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        given = [v.partition(b"=")[2] for v in variables if v.startswith(b"CUDA_VISIBLE_DEVICES=")]
-        return given[0].decode().split(",") if given and given[0] else []
-    return []
+        words = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+        return dict(word.partition("=")[::2] for word in words)
+    return {}
+
+
+def _is_of(pid: int, task: Task) -> bool:
+    """Whether a process of this machine runs a task: the number may be another's by now."""
+    with contextlib.suppress(OSError):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return str(task.output).encode() in words
+    return False

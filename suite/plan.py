@@ -8,19 +8,36 @@ Nothing here runs or writes anything.
 
 import dataclasses
 import fnmatch
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from core.config import ROOT, InputError, find_config, read_with_bases, recipe_and_data
-from suite.launch import launch
+from core.launch import ALONE, Place
 from suite.schema import Initialisation, Protocol, Suite, step_of
 
 CONVERT_MINUTES, CONVERT_GIGABYTES = 0.2, 0.1  # of a ResNet-50
 EXPECTED_ON_GPUS = 8  # SUITE.EXPECTED_HOURS of a detection config is the time on so many GPUs
 LIBRARIES = ("timm:", "torchvision:")  # weights that the tools find by a library's name for them
 SUITE_FILE = "suite.yaml"  # the resolved suite, in its folder
-TOOLS = {
+
+
+@dataclasses.dataclass(frozen=True)
+class Tool:
+    """What is known of a tool."""
+
+    ranks: str = ""  # how it gets several processes: "launcher", "own" options, "" not at all
+    resumes: bool = False  # whether it has --output and --resume
+    rehearses: bool = False  # whether --dry-run checks its command line in seconds
+
+
+TOOLS = {  # others run as one process, from the beginning
+    "run_pretrain.py": Tool("launcher", resumes=True, rehearses=True),
+    "run_transfer.py": Tool("launcher", resumes=True),
+    "train_net.py": Tool("own", resumes=True),
+}
+KINDS = {
     "pretrain": "run_pretrain.py",
     "convert": "convert_to_d2.py",
     "detection": "train_net.py",
@@ -33,7 +50,7 @@ class Job:
     """One command: what it makes, what it needs, and the recipe that its product depends on."""
 
     name: str  # "pretrain/ctc-s1", "convert/ctc-s1", "<protocol>/ctc-s1"
-    kind: str  # a key of TOOLS
+    kind: str  # a key of KINDS
     init: str
     seed: int
     protocol: str  # "" for pretrain and convert, which serve all protocols
@@ -156,9 +173,41 @@ def command(
     given = {"pretrain": [], "convert": [str(source)]}.get(job.kind, ["--weights", str(source)])
     words = [*job.words, *given] if job.kind != "convert" else [*given, *job.words]
     flags = [flag for flag, on in (("--resume", resume), ("--dry-run", rehearse)) if on]
-    tool = [str(tools / TOOLS[job.kind]), *words, "--output", str(output), *flags, *job.pairs]
+    tool = [str(tools / KINDS[job.kind]), *words, "--output", str(output), *flags, *job.pairs]
     processes = job.gpus if not rehearse or job.kind == "detection" else 0
     return launch(tool, processes)
+
+
+def launch(words: Sequence[str], gpus: int, place: Place = ALONE) -> list[str]:
+    """Return the command that runs a tool on ``gpus`` GPUs of each machine.
+
+    Args:
+        words: the tool's file and its arguments.
+        gpus: per machine; 0: what the tool chooses, in one process.
+
+    Raises:
+        InputError: a tool that runs as one process is to run on several GPUs or machines.
+    """
+    tool, *arguments = words
+    ranks, processes = TOOLS.get(Path(tool).name, Tool()).ranks, max(gpus, 1)
+    if processes * place.nodes == 1 and ranks != "own":
+        return [sys.executable, *words]
+    if ranks == "launcher":
+        launcher = [sys.executable, str(ROOT / "tools/launch.py"), f"--processes={processes}"]
+        launcher += ["--nodes", str(place.nodes)]
+        if place.nodes > 1:
+            launcher += ["--node", str(place.node), "--host", place.host, "--port", str(place.port)]
+        return [*launcher, *words]
+    if ranks == "own":
+        options = ["--num-gpus", str(gpus)] if gpus else []
+        if place.nodes > 1:
+            options += ["--num-machines", str(place.nodes), "--machine-rank", str(place.node)]
+            options += ["--dist-url", f"tcp://{place.host}:{place.port}"]
+        return [sys.executable, tool, *options, *arguments]
+    raise InputError(
+        f"{Path(tool).name} runs as one process: not on {place.nodes} × {processes} GPUs, but with "
+        "--nodes 1 --gpus 1"
+    )
 
 
 def _pretrain_job(suite: Suite, name: str, seed: int, root: Path) -> Job:

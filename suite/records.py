@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from core.config import InputError
-from core.files import atomic_file
+from core.files import atomic_file, is_empty
 from core.identity import is_neutral
 from core.results import ROWS_FILE, ResultRow, read_rows, sha256_of
 from suite.plan import Job, Plan
@@ -315,7 +315,7 @@ def make_room(output: Path, ours: bool) -> Path | None:
 
 def is_occupied(path: Path) -> bool:
     """Whether a file or a folder with content is there."""
-    return path.is_file() or (path.is_dir() and any(path.iterdir()))
+    return path.is_file() or not is_empty(path)
 
 
 def _is_worth_keeping(folder: Path) -> bool:

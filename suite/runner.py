@@ -18,11 +18,12 @@ from typing import Any
 
 from core.config import ROOT, InputError, save_config
 from core.errors import STOPPED_STATUS, Stopped
+from core.files import check_not_locked, locked
 from core.identity import announced
 from core.progress import format_seconds
 from core.signals import StopRequests
 from suite.estimates import Clock
-from suite.local import Attempt, End, Executor, LocalExecutor, Task, held, is_held, write_out
+from suite.local import Attempt, End, Executor, LocalExecutor, Task, is_held, write_out
 from suite.plan import SUITE_FILE, Job, Plan, check_weights, command
 from suite.records import (
     Record,
@@ -71,15 +72,13 @@ def run_plan(plan: Plan, tools: Path = ROOT / "tools", executor: Executor | None
         Stopped, KeyboardInterrupt: after a signal or Ctrl-C; the running jobs have saved and ended.
     """
     check_weights(plan)
-    with held(plan.root / ".lock") as lock:
-        if lock is None:
-            raise InputError(f"{plan.root} is in use by another benchmark: wait for it or end it")
+    with locked(plan.root, by="another benchmark"):
         names = {file_name(job) for job in plan.jobs}
         for file in sorted((plan.root / "jobs").glob("*.lock")):
             if file.stem not in names and is_held(file):
                 raise InputError(
-                    f"{file.stem} still runs (process {file.read_text()}), left by an earlier call "
-                    "and not among these cells: include it, wait for it, or end it"
+                    f"{file.stem} still runs ({file.read_text()}), left by an earlier call and not "
+                    "among these cells: include it, wait for it, or end it"
                 )
         save_config(plan.suite, plan.root / SUITE_FILE)
         return _Runner(plan, tools, executor or LocalExecutor(jobs=1)).run()
@@ -189,6 +188,8 @@ class _Runner:
             self.outcome.done.append(job.name)
             say(f"{self._head(job)}: done already")
             return
+        if job.output.is_dir():
+            check_not_locked(job.output)
         resume = verdict.state is State.RESUME
         alone = self.executor.slots == 1
         if alone:

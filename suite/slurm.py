@@ -17,13 +17,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from core.config import ROOT
 from core.errors import STOPPED_STATUS, InputError
+from core.launch import ALONE, Place
 from core.signals import SIGNALS
-from suite.launch import ALONE, Place, launch, tool_of
 from suite.local import WAIT_SECONDS, End, Task, is_held
+from suite.plan import TOOLS, Tool, launch
 from suite.records import make_room, resumable
 from suite.schema import Slurm
 
@@ -87,30 +88,24 @@ class Step:
         return words if self.ready else launch(words, self.gpus, place)
 
     def _run(self, place: Place) -> None:
-        with contextlib.ExitStack() as stack:
-            out: IO[bytes] | None = None
-            if self.log is not None:
-                self.log.parent.mkdir(parents=True, exist_ok=True)
-                out = stack.enter_context(self.log.open("ab"))
+        with self.log.open("ab") if self.log else os.fdopen(os.dup(1), "wb") as out:
             command = self.command(place)
-            line = f"$ {subprocess.list2cmdline(command)}\n"
-            if out is None:
-                print(line, end="", flush=True)
-            else:
-                out.write(line.encode())
-                out.flush()
+            out.write(f"$ {subprocess.list2cmdline(command)}\n".encode())
+            out.flush()
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=out, stderr=out and subprocess.STDOUT,
+                command, stdin=subprocess.DEVNULL, stdout=out,
+                stderr=subprocess.STDOUT if self.log else None,
                 env={**os.environ, "PYTHONUNBUFFERED": "1"}, preexec_fn=_ignore_warnings,
             )  # fmt: skip
-            self._pid = process.pid
-            # In a thread, so that the handler of a signal may wait for the status as well.
-            threading.Thread(target=self._keep_status, args=(process,), daemon=True).start()
-            while self.status is None:
-                time.sleep(0.1)
+        self._pid = process.pid
 
-    def _keep_status(self, process: "subprocess.Popen[bytes]") -> None:
-        self.status = process.wait()
+        def keep_status() -> None:
+            self.status = process.wait()
+
+        # In a thread, so that the handler of a signal may wait for the status as well.
+        threading.Thread(target=keep_status, daemon=True).start()
+        while self.status is None:
+            time.sleep(0.1)
 
     def _warn(self) -> None:
         """Hand SIGTERM to the tool, which saves."""
@@ -148,6 +143,7 @@ class SlurmExecutor:
 
     def start(self, task: Task, note: Callable[[str], None]) -> "_SlurmAttempt":
         """Submit a task under a name of its own, which is noted before."""
+        task.log.parent.mkdir(parents=True, exist_ok=True)
         step = Step(
             task.command, task.output if task.resumes else None, task.gpus, log=task.log, ready=True
         )
@@ -167,7 +163,7 @@ class SlurmExecutor:
 
         if is_held(task.lock):
             raise InputError(
-                f"process {task.lock.read_text()} runs it: leave --executor slurm out, or end that"
+                f"{task.lock.read_text()} runs it: leave --executor slurm out, or end that"
             )
         kind, _, word = ticket.rpartition(" ")
         number = self._number_of(word) if kind == NAMED else word
@@ -342,7 +338,7 @@ def submit_tool(
         raise InputError(f"{tool} is no tool: name a Python file, such as tools/run_pretrain.py")
     words = [str(file.absolute()), *words[1:]]
     launch(words, gpus, Place(nodes))  # says what cannot be
-    known, output = tool_of(words), _output_of(words)
+    known, output = TOOLS.get(file.name, Tool()), _output_of(words)
     if known.resumes and output is None:
         raise InputError(f"{file.name} needs --output: where it goes on when it is queued again")
     check_slurm()

@@ -15,9 +15,10 @@ import pytest
 
 from core.config import ROOT
 from core.errors import InputError
+from core.launch import Place
 from suite import slurm
-from suite.launch import Place, launch
 from suite.local import Task
+from suite.plan import launch
 from suite.schema import Slurm, load_suite
 from tests import fake_slurm
 
