@@ -218,8 +218,9 @@ def _unlocked(node: Any) -> Any:
 def _merge(config: Any, schema: type, content: dict[str, Any], where: str) -> Any:
     known = list(schema_keys(schema))
     for key, value in _dotted_items(content):
-        if key not in known and not _inside_free_dict(schema, key):
-            raise InputError(f"{where}: unknown key {key!r}{nearest(key, sorted(known))}")
+        siblings = [] if key in known else _siblings(schema, key)
+        if siblings:
+            raise InputError(f"{where}: unknown key {key!r}{nearest(key, [*siblings, *known])}")
         inner = next((name for name in known if name.startswith(f"{key}.")), None)
         if inner and not isinstance(value, dict):
             raise InputError(f"{where}: {key} is a group of keys, not {value!r}; set {inner}, …")
@@ -242,17 +243,26 @@ def _listed(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _inside_free_dict(schema: type, key: str) -> bool:
-    """Whether a dotted key lies below a field that is declared as a plain dict or Any."""
+def _siblings(schema: type, key: str) -> list[str]:
+    """Return the keys that stand where an unknown one does; none if any name may stand there.
+
+    Any name may stand in a plain dict or list, and in ``Any``; a dict of dataclasses has free names
+    with known keys below.
+    """
     hint: Any = schema
-    for part in key.split("."):
+    parts = key.split(".")
+    for place, part in enumerate(parts):
+        if typing.get_origin(hint) is dict and dataclasses.is_dataclass(typing.get_args(hint)[1]):
+            hint = typing.get_args(hint)[1]
+            continue
         if not dataclasses.is_dataclass(hint):
-            return hint is Any or typing.get_origin(hint) in (dict, list)
+            free = hint is Any or typing.get_origin(hint) in (dict, list)
+            return [] if free else [".".join(parts[:place])]
         hints = typing.get_type_hints(hint)
         if part not in hints:
-            return False
+            return [".".join([*parts[:place], name]) for name in hints]
         hint = hints[part]
-    return True
+    return []
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from core.config import InputError, find_config, load_config, nearest, read_with_bases
+from core.config import InputError, load_config, nearest
 from report.reference import load_reference
 from report.tables import Options
 
@@ -54,6 +54,17 @@ class Protocol:
 
 
 @dataclasses.dataclass(frozen=True)
+class Transfers:
+    """Protocols of transfer, each on each data set; a pair becomes ``<data>_<protocol>``."""
+
+    data: list[str] = dataclasses.field(default_factory=list)
+    protocols: list[str] = dataclasses.field(default_factory=list)  # recipes in configs/transfer
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # of all pairs
+    minutes: dict[str, float] = dataclasses.field(default_factory=dict)  # protocol → expected
+    gigabytes: dict[str, float] = dataclasses.field(default_factory=dict)  # protocol → written
+
+
+@dataclasses.dataclass(frozen=True)
 class Slurm:
     """What a SLURM job asks for; GPUs apart, which the suite or the command line says."""
 
@@ -74,6 +85,7 @@ class Suite:
     title: str = ""
     description: str = ""
     initialisations: dict[str, Initialisation] = dataclasses.field(default_factory=dict)
+    transfer: Transfers = dataclasses.field(default_factory=Transfers)  # joins the protocols
     protocols: dict[str, Protocol] = dataclasses.field(default_factory=dict)
     seeds: list[int] = dataclasses.field(default_factory=lambda: [1])
     gpus: int = 0  # per job; 0: one process on what the tools choose
@@ -92,9 +104,15 @@ def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
         InputError: unknown key, wrong type, nothing to run, a baseline, name or seed that makes no
             sense.
     """
-    _check_keys(path, overrides)
     suite = load_config(Suite, path, overrides, folder="suites")
     where = str(path)
+    protocols = _protocols(suite.transfer)
+    for name, protocol in suite.protocols.items():
+        pair = protocols.get(name)
+        if pair and protocol.config:
+            raise InputError(f"{where}: {name!r} is both a protocol and a pair of transfer")
+        protocols[name] = _changed(pair, protocol) if pair else protocol
+    suite = dataclasses.replace(suite, protocols=protocols, transfer=Transfers())
     if not suite.initialisations or not suite.protocols or not suite.seeds:
         raise InputError(f"{where} needs at least one initialisation, one protocol and one seed")
     if len(set(suite.seeds)) < len(suite.seeds) or min(suite.seeds) < 0:
@@ -129,6 +147,31 @@ def step_of(protocol: Protocol) -> str:
     return protocol.step or next((s for s in STEPS if s in Path(protocol.config).parts[:-1]), "")
 
 
+def _protocols(transfer: Transfers) -> dict[str, Protocol]:
+    return {
+        f"{data}_{name}": Protocol(
+            config=f"transfer/{data}_{name}.yaml",
+            step="transfer",
+            overrides=dict(transfer.overrides),
+            minutes=transfer.minutes.get(name, 0.0),
+            gigabytes=transfer.gigabytes.get(name, 0.0),
+        )
+        for name in transfer.protocols
+        for data in transfer.data
+    }
+
+
+def _changed(pair: Protocol, protocol: Protocol) -> Protocol:
+    """Return a pair with what an entry of its name under ``protocols`` changes of it."""
+    return dataclasses.replace(
+        pair,
+        overrides=pair.overrides | protocol.overrides,
+        arguments=protocol.arguments,
+        minutes=protocol.minutes or pair.minutes,
+        gigabytes=protocol.gigabytes or pair.gigabytes,
+    )
+
+
 def table_options(suite: Suite) -> Options:
     """Return how the suite's tables are to look."""
     return Options(
@@ -139,23 +182,6 @@ def table_options(suite: Suite) -> Options:
         references=tuple(suite.references),
         expected={name: len(suite.seeds) for name in suite.initialisations},
     )
-
-
-def _check_keys(path: str | Path, overrides: Sequence[str]) -> None:
-    """Raise InputError, naming the nearest, on an unknown key of an initialisation or protocol."""
-    entries = [(str(path), key) for key in overrides[::2]]
-    for file, content in read_with_bases(find_config(path, "suites")):
-        for group in ("initialisations", "protocols"):
-            named = content.get(group)
-            for name, value in named.items() if isinstance(named, dict) else ():
-                keys = value if isinstance(value, dict) else ()
-                entries += [(str(file), f"{group}.{name}.{key}") for key in keys]
-    schemas = {"initialisations": Initialisation, "protocols": Protocol}
-    for where, entry in entries:
-        group, *rest = entry.split(".")
-        known = {f.name for f in dataclasses.fields(schemas[group])} if group in schemas else set()
-        if known and len(rest) > 1 and rest[1] not in known:
-            raise InputError(f"{where}: unknown key {entry!r}{nearest(rest[1], list(known))}")
 
 
 def _names_folder(name: str) -> bool:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from core.config import ROOT, InputError, load_config
+from core.config import ROOT, InputError, load_config, save_config
 from core.disk import free_bytes, size
 from report.runs import read_run
 from suite.benchmark import benchmark, print_plan
@@ -676,10 +676,16 @@ def test_each_job_has_gpus_of_its_own(tmp_path: Path):
         ("initialisations: {'a/b': {config: x}}", "cannot name a folder"),
         ("initialisations: {new: {}}", "either config or weights"),
         ("initialisations: {new: {config: x}}", "method"),
-        ("initialisations: {ce: {weigths: x}}", "did you mean 'weights'"),
+        ("initialisations: {ce: {weigths: x}}", "did you mean 'initialisations.ce.weights'"),
         ("references: [tabel5]", "did you mean 'table5'"),
         ("protocols: {quick: {config: ''}}", "needs a config"),
         ("protocols: {new: {config: some.yaml}}", "needs a step"),
+        ("transfer: {dat: [cub200]}", "did you mean 'transfer.data'"),
+        (
+            "transfer: {data: [cub200], protocols: [linear]}\n"
+            "protocols: {cub200_linear: {config: x.yaml, step: transfer}}",
+            "both a protocol and a pair",
+        ),
     ],
 )
 def test_a_wrong_suite_is_refused_in_words(bench: Bench, tmp_path: Path, text: str, complaint: str):
@@ -761,6 +767,25 @@ def test_a_protocol_may_be_named_by_its_data_set_and_recipe(
     assert job.recipe["data.name"] == data
 
 
+def test_each_protocol_of_transfer_meets_each_data_set(bench: Bench, tmp_path: Path):
+    (tmp_path / "pairs.yaml").write_text(
+        "_BASE_: suite.yaml\n"
+        "transfer: {data: [cub200, aircraft], protocols: [linear, finetune],\n"
+        "  minutes: {linear: 2}, overrides: {data.workers: 1}}\n"
+    )
+    more = ["protocols.aircraft_linear.overrides.seed", "3"]
+    suite = load_suite(tmp_path / "pairs.yaml", more)
+    assert list(suite.protocols) == [
+        "cub200_linear", "aircraft_linear", "cub200_finetune", "aircraft_finetune", "quick",
+    ]  # fmt: skip
+    assert suite.protocols["cub200_linear"].minutes == 2
+    assert suite.protocols["aircraft_linear"].overrides == {"data.workers": 1, "seed": 3}
+    cell = make_plan(suite, "s", bench.root).job("aircraft_finetune/ce-s1")
+    assert cell.kind == "transfer"
+    assert ("--config", str(ROOT / "configs/transfer/finetune.yaml")) == cell.words[:2]
+    assert cell.words[-2:] == ("--data", "aircraft")
+
+
 def test_a_changed_recipe_is_named_key_by_key():
     assert differences({"a": 1, "b": [1]}, {"a": 1, "b": (1,)}) == {}
     said = {"a": "a: 1 → 2", "c": "c: (unset) → 3"}
@@ -783,13 +808,14 @@ def test_a_stranger_s_run_is_kept_and_crumbs_are_cleared(bench: Bench):
     assert not job.output.exists()
 
 
-def test_the_quickstart_and_the_other_suites_can_be_read(capsys):
+def test_the_quickstart_and_the_other_suites_can_be_read(capsys, tmp_path: Path):
     files = sorted((ROOT / "configs/suites").glob("*.yaml"))
     assert any(file.name == "quickstart.yaml" for file in files)
     for file in files:
         suite = load_suite(file)
         assert dataclasses.is_dataclass(suite)
-        assert load_config(Suite, file) == suite
+        save_config(suite, tmp_path / "suite.yaml")
+        assert load_config(Suite, tmp_path / "suite.yaml") == suite
         first, *_ = file.read_text().splitlines()
         assert first.endswith(f" tools/benchmark.py --config suites/{file.name}")
         plan = make_plan(suite, file.stem, "/nowhere")
