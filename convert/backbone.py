@@ -1,10 +1,11 @@
-"""A checkpoint of any known format as one thing: a complete, finite, checked backbone.
+"""A checkpoint of any known layout as one thing: a complete, finite, checked backbone.
 
 Shapes are those of ``convert.layouts``; names are torchvision's; numbers are float32.
 """
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,131 +14,146 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convert import layouts, zoo
+from convert import layouts, sources, zoo
+from convert.find import find
 from convert.reading import read
-from convert.recognise import Recognition, recognise
-from convert.refusals import reason_of_name
 from convert.sources import AUTHOR, Convention
 from core.errors import InputError
 from core.results import sha256_of
 from models.checkpoint import VERSION, is_ours
-from models.resnet import ARCHITECTURES
 
 KEPT = ("method", "epoch", "seed", "dataset", "image_size", "num_classes", "config", "code")
 STATED = ("arch", "mean", "std", "channel_order", "stride_in_1x1")
+RESUME_FORMAT = "transfer-suite resume state"  # of training.resume
 BN_EPSILON = 1e-5
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    """A recognised, complete, finite backbone: float32 tensors by torchvision name."""
+    """A complete, finite backbone: float32 tensors by torchvision name."""
 
     arch: str
     state: dict[str, Tensor]
     convention: Convention
     source_format: str
-    source_prefix: str  # what stood before the backbone's names, wrappers aside
+    source_place: str  # where in the file it lies: state_dict.encoder_q
     source_path: str
     source_sha256: str
-    dropped: tuple[str, ...]  # names of tensors that stood beside the backbone's
-    aside: tuple[str, ...]  # what else the file held: epoch, optimizer, momentum model, …
-    counters: int  # num_batches_tracked that were left behind
+    dropped: tuple[str, ...]  # places of tensors that lie beside the backbone's
+    dropped_batch_counters: int  # num_batches_tracked
+    set_aside: tuple[str, ...]  # what else the file holds: epoch, optimizer, momentum model, …
     origin: dict[str, Any]  # what the checkpoint says of itself: method, epoch, seed, …
 
     def facts(self) -> dict[str, Any]:
         """Return what is written beside the tensors; ``mean`` and ``std`` in R, G, B."""
-        return {
-            "arch": self.arch,
-            "mean": list(self.convention.mean),
-            "std": list(self.convention.std),
-            "channel_order": self.convention.channel_order,
-            "stride_in_1x1": self.convention.stride_in_1x1,
-            "source_format": self.source_format,
-            "source_prefix": self.source_prefix,
-            "source_path": self.source_path,
-            "source_sha256": self.source_sha256,
-            "tensors": len(self.state),
-            "dropped": list(self.dropped),
-            "dropped_batch_counters": self.counters,
-            "set_aside": list(self.aside),
-            **self.origin,
-        }
+        facts = {**vars(self), **vars(self.convention), "tensors": len(self.state), **self.origin}
+        for key in ("state", "convention", "origin"):
+            del facts[key]
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in facts.items()}
 
 
 def read_backbone(
     path: str | Path,
     *,
     format: str | None = None,
+    prefix: str | None = None,
     drop: Sequence[str] = (),
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Backbone:
-    """Read, recognise and check a checkpoint of any known format.
+    """Find and check the backbone in a checkpoint.
 
-    ``mean`` and ``std`` of R, G, B on 0…255 are for weights that were trained with others than
-    their format's usual ones; a file that states its own is not overruled.
+    Args:
+        path: a file, or ``timm:NAME`` / ``torchvision:NAME`` (weights on this machine).
+        format, prefix, drop: see ``convert.find.find``.
+        mean: of R, G, B on 0…255, for weights that were trained with another than their format's
+            usual one; ``std`` likewise. A file that states its own is not overruled.
 
     Raises:
-        InputError: missing, damaged, holding code, unrecognised, ambiguous, incomplete, misshapen,
-            not finite, or of an architecture that detectron2's ResNet cannot hold.
+        InputError: missing, damaged, holding code, without a complete backbone, ambiguous,
+            misshapen, not finite, or of an architecture that detectron2's ResNet cannot hold.
     """
     located = zoo.locate(str(path)) if str(path).startswith(zoo.PREFIXES) else None
     name, file = (located.name, located.path) if located else (str(path), Path(path))
     content = read(file)
     try:
         facts = _facts_of(content)
-        _check_declared(facts.get("arch"))
-        names_given = [*_declared_names(content), *(_library_name(located.name) if located else [])]
-        found = recognise(content, format, drop)
+        declared = _declared_names(content)
+        if located:
+            declared.append(located.name.partition(":")[2].partition(".")[0])
+        found = find(content, format=format, prefix=prefix, drop=drop)
         del content  # with it go optimiser states and momentum encoders
-        state = _as_tensors(found)
-        layout = layouts.infer({key: tuple(value.shape) for key, value in state.items()})
+        for declared_name in declared:
+            _check_name(declared_name, found.arch, insisted=format is not None)
+        if found.spelling == "transformers":
+            _check_config(file.with_name("config.json"))
+        state = _as_tensors(found.tensors)
+        if found.format == "torchvision" and not (format or located):
+            _check_statistics(state)
+        usual = located.convention if located else sources.FORMATS[found.format].convention
+        convention = _convention(usual, facts, found.normalizer, mean, std)
     except ValueError as error:
         raise InputError(f"{name}: {error}") from None
-    for declared in names_given:
-        _check_name(declared, layout.arch, name, insisted=format is not None)
-    convention = located.convention if located else found.source.convention
-    convention = _convention(facts, convention, name)
-    if mean is not None or std is not None:
-        convention = _overridden(convention, mean, std, stated="mean" in facts)
     return Backbone(
-        arch=layout.arch,
+        arch=found.arch,
         state={key: _float32(value) for key, value in state.items()},
         convention=convention,
-        source_format=found.source.name if located is None else name.partition(":")[0],
-        source_prefix=found.prefix,
+        source_format=name.partition(":")[0] if located else found.format,
+        source_place=found.place,
         source_path=name,
         source_sha256=sha256_of(file),
         dropped=found.dropped,
-        aside=found.aside,
-        counters=found.counters,
+        dropped_batch_counters=found.counters,
+        set_aside=found.aside,
         origin={key: facts[key] for key in KEPT if key in facts},
     )
 
 
-def _as_tensors(found: Recognition) -> dict[str, Tensor]:
+def _as_tensors(values: Mapping[str, Any]) -> dict[str, Tensor]:
     """Check every value and return it as a tensor; numbers are not converted yet.
 
     Raises:
-        ValueError: a value is no floating tensor, holds NaN or infinity, or a negative variance.
+        ValueError: a value is no floating tensor, holds NaN or infinity, or a negative variance; or
+            the stem is all zeros.
     """
     state: dict[str, Tensor] = {}
-    for name, value in found.tensors.items():
+    for name, value in values.items():
         if isinstance(value, np.ndarray):
             value = _from_numpy(name, value)
         if not isinstance(value, Tensor):
             raise ValueError(f"{name} is a {type(value).__name__}, not a tensor")
         if value.dtype not in FLOATS:
             raise ValueError(f"{name} is {value.dtype}, not floating point: a quantised network?")
-        if value.device.type == "meta" or value.layout != torch.strided:
-            raise ValueError(f"{name} is a {value.layout} tensor on {value.device}: no numbers")
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"{name} holds NaN or infinity: the run that made it had diverged")
         if name.endswith("running_var") and bool((value < 0).any()):
             raise ValueError(f"{name} is negative in places: a variance cannot be")
         state[name] = value.detach()
-    return _with_statistics(state, found) if found.style == "caffe2" else state
+    if not bool(state["conv1.weight"].any()):
+        raise ValueError("conv1.weight, the stem, is all zeros: the weights were never filled in")
+    return _with_statistics(state)
+
+
+def _check_statistics(state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if all norms have mean 0 and variance 1 beside weights that were trained.
+
+    So have weights whose frozen statistics were merged into scale and bias: MSRA's, under
+    torchvision's names. In a network that was never trained, scales are 1 (or 0) and biases 0.
+    """
+
+    def all_are(statistic: str, *numbers: float) -> bool:
+        norms = [name.removesuffix("running_mean") for name in state if "running_mean" in name]
+        values = torch.cat([state[norm + statistic] for norm in norms])
+        return bool(torch.stack([(values - n).abs() < 1e-4 for n in numbers]).any(0).all())
+
+    merged = all_are("running_mean", 0) and all_are("running_var", 1)
+    if merged and not (all_are("weight", 0, 1) and all_are("bias", 0)):
+        raise ValueError(
+            "its running means are all 0 and its variances all 1: frozen statistics were merged "
+            "into the weights, as MSRA's are; it could be torchvision or torchvision-msra, which "
+            "differ in how images enter: say which with --format (torchvision | torchvision-msra)"
+        )
 
 
 def _from_numpy(name: str, value: np.ndarray) -> Tensor:
@@ -147,7 +163,7 @@ def _from_numpy(name: str, value: np.ndarray) -> Tensor:
     return torch.from_numpy(np.require(value, value.dtype.newbyteorder("="), ["C", "W"]))
 
 
-def _with_statistics(state: dict[str, Tensor], found: Recognition) -> dict[str, Tensor]:
+def _with_statistics(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Give Caffe2's affine layers the statistics that change nothing: mean 0, variance 1 − ε.
 
     detectron2's own loader writes variance 1 there, which is off by 5e-6 a layer and by 1e-4 in
@@ -155,16 +171,16 @@ def _with_statistics(state: dict[str, Tensor], found: Recognition) -> dict[str, 
     mean, which is the same function.
     """
     full = dict(state)
+    stem_bias = full.pop("conv1.bias", None)
     for name, scale in state.items():
         norm, _, statistic = name.rpartition(".")
         if statistic == "weight" and scale.dim() == 1 and f"{norm}.running_var" not in state:
             full[f"{norm}.running_mean"] = torch.zeros_like(scale)
             full[f"{norm}.running_var"] = torch.full_like(scale, 1 - BN_EPSILON)
-    if found.stem_bias is not None and "bn1.running_mean" in full:
-        bias = torch.as_tensor(np.array(found.stem_bias), dtype=torch.float32)
-        if bias.shape != full["bn1.running_mean"].shape or not bool(torch.isfinite(bias).all()):
-            raise ValueError("conv1_b, the stem's bias, is misshapen or not finite")
-        full["bn1.running_mean"] = full["bn1.running_mean"] - bias
+    if stem_bias is not None:
+        if stem_bias.shape != full["bn1.running_mean"].shape:
+            raise ValueError("conv1_b, the stem's bias, is misshapen")
+        full["bn1.running_mean"] = full["bn1.running_mean"] - stem_bias
     return full
 
 
@@ -176,23 +192,23 @@ def _float32(value: Tensor) -> Tensor:
 
 
 def _facts_of(content: Any) -> dict[str, Any]:
-    """What one of our own files, a checkpoint or a converted one, says of itself.
+    """Return what one of our own files, a checkpoint or a converted one, says of itself.
 
     Raises:
         ValueError: it is of a newer version, or does not say how images enter.
     """
     if not isinstance(content, Mapping):
         return {}
-    if is_ours(content) and content.get("version", 0) > VERSION:
-        raise ValueError(f"it has version {content['version']}, newer than {VERSION}: update")
-    facts = content.get("facts")
+    if content.get("format") == RESUME_FORMAT:
+        raise ValueError("it is a resume state: give one of the run's checkpoints/ instead")
     if not is_ours(content) and content.get("__author__") != AUTHOR:
         return {}
-    facts = facts if isinstance(facts, Mapping) else {}
-    absent = [key for key in STATED if key not in facts]
-    if absent:
+    if content.get("version", 0) > VERSION:
+        raise ValueError(f"it has version {content['version']}, newer than {VERSION}: update")
+    facts = content.get("facts")
+    facts = dict(facts) if isinstance(facts, Mapping) else {}
+    if absent := [key for key in STATED if key not in facts]:
         raise ValueError(f"its facts lack {', '.join(absent)}: it is damaged")
-    facts = dict(facts)
     if is_ours(content):  # models.checkpoint.Facts has RGB on 0…1
         for key in ("mean", "std"):
             facts[key] = [round(float(value) * 255, 4) for value in facts[key]]
@@ -211,70 +227,64 @@ def _declared_names(content: Any) -> list[str]:
     return [name for name in found if isinstance(name, str)]
 
 
-def _library_name(name: str) -> list[str]:
-    return [name.partition(":")[2].partition(".")[0]]
-
-
-def _check_name(declared: str, arch: str, name: str, insisted: bool) -> None:
-    """Raise InputError if a checkpoint calls itself a network that its tensors are not."""
-    reason = reason_of_name(declared)
+def _check_name(declared: str, arch: str, insisted: bool) -> None:
+    """Raise ValueError if a checkpoint calls itself a network that its tensors are not."""
+    reason = sources.reason(sources.IMPOSTORS, [declared])
     if reason and not (insisted and "--format" in reason):
-        raise InputError(f"{name}: it calls itself {declared}, which {reason}")
+        raise ValueError(f"it calls itself {declared}, which {reason}")
     try:
         same = layouts.layout_of(declared).arch == arch
     except ValueError:
         return  # a name of someone's own says nothing
     if not same:
-        raise InputError(f"{name}: it calls itself {declared}, but is a {arch}")
+        raise ValueError(f"it calls itself {declared}, but is a {arch}")
 
 
-def _convention(facts: Mapping[str, Any], otherwise: Convention, name: str) -> Convention:
-    if "mean" not in facts:
-        return otherwise
-    damaged = f"{name}: its facts about mean, std and channel order are damaged"
-    try:
-        mean, std = (tuple(float(v) for v in facts[key]) for key in ("mean", "std"))
-        order, stride = facts["channel_order"], facts["stride_in_1x1"]
-    except (KeyError, TypeError, ValueError):
-        raise InputError(damaged) from None
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0 or order not in ("RGB", "BGR"):
-        raise InputError(damaged)
-    return Convention((*mean,), (*std,), order, bool(stride))
+def _check_config(path: Path) -> None:
+    """Raise ValueError if Hugging Face's settings beside the weights put strides elsewhere."""
+    if not path.is_file():
+        return
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("downsample_in_first_stage", "downsample_in_bottleneck"):
+        if isinstance(settings, Mapping) and settings.get(key):
+            raise ValueError(f"{path.name} beside it says {key}: it strides where no ResNet does")
 
 
-def _overridden(
-    convention: Convention,
+def _convention(
+    usual: Convention,
+    facts: Mapping[str, Any],
+    normalizer: Mapping[str, Any],
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
-    stated: bool,
 ) -> Convention:
-    """Return the convention with the user's mean and std in place of the format's usual ones."""
-    if stated:
-        raise InputError("--mean, --std: this checkpoint states its own, which are not overruled")
-    if mean is None or std is None or len(mean) != 3 or len(std) != 3:
-        raise InputError("--mean and --std go together, three numbers each")
-    if min(std) < 1 or min(mean) < 0 or max(mean) > 255:
-        raise InputError(
-            f"--mean {list(mean)} --std {list(std)} are not on the scale 0…255 (ImageNet's are "
-            "123.675 116.28 103.53 and 58.395 57.12 57.375)"
-        )
-    (a, b, c), (x, y, z) = mean, std
-    return dataclasses.replace(convention, mean=(a, b, c), std=(x, y, z))
+    """Return how images enter: as a file of ours states, as the user says, or as is usual.
 
-
-def _check_declared(arch: Any) -> None:
-    """Refuse one of our own architectures that detectron2 cannot hold, by its name."""
-    spec = ARCHITECTURES.get(arch) if isinstance(arch, str) else None
-    if spec is None or spec.stem == "imagenet":
-        return
-    if spec.block == "preactivation":
-        why = "is a pre-activation Wide ResNet of three stages with a CIFAR stem"
-    elif len(spec.layers) != 4:
-        why = f"has {len(spec.layers)} stages and a CIFAR stem"
-    else:
-        why = "has a CIFAR stem (3×3, stride 1, no max-pool)"
-    raise ValueError(
-        f"{arch} {why}, and detectron2's ResNet has only four post-activation stages behind a "
-        "7×7 stem: it cannot hold these weights; for detection, pretrain with arch resnet18 or "
-        "resnet50"
-    )
+    A normalisation beside the backbone states it too; it gets images on 0…1, or on 0…255 where its
+    mean is above 1.
+    """
+    given = mean is not None or std is not None
+    if facts:
+        if given:
+            raise ValueError("it states its own mean and std, which are not overruled")
+        mean, std, order = facts["mean"], facts["std"], facts["channel_order"]
+        stride = bool(facts["stride_in_1x1"])
+        usual = dataclasses.replace(usual, channel_order=order, stride_in_1x1=stride)
+    elif normalizer and not given:
+        mean, std = (normalizer[key].flatten().tolist() for key in sorted(normalizer))
+        scale = 1 if max(mean) > 1 else 255
+        mean, std = ([round(value * scale, 4) for value in values] for values in (mean, std))
+    elif not given:
+        return usual
+    try:
+        (a, b, c), (x, y, z) = (map(float, values or ()) for values in (mean, std))
+        if not (0 <= min(a, b, c) and max(a, b, c) <= 255 and min(x, y, z) >= 1):
+            raise ValueError
+        if usual.channel_order not in ("RGB", "BGR"):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"mean {mean} and std {std} (--mean, --std) are not three numbers each on the scale "
+            "0…255, or its channel order is damaged; ImageNet's are 123.675 116.28 103.53 and "
+            "58.395 57.12 57.375"
+        ) from None
+    return dataclasses.replace(usual, mean=(a, b, c), std=(x, y, z))

@@ -8,8 +8,10 @@ are its suffix matching, which puts ``res2…`` under ``backbone.bottom_up.`` of
 FrozenBN has no such buffer), and without it the 265 tensors of a ResNet-50 are the whole network.
 """
 
+import collections
 import contextlib
 import dataclasses
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,16 +19,15 @@ from typing import Any
 
 from convert import layouts, names, zoo
 from convert.backbone import Backbone, read_backbone
-from convert.sources import AUTHOR, BY_NAME, WRAPPERS, Convention
+from convert.find import relative
+from convert.sources import AUTHOR, FORMATS
 from core.errors import InputError
 from models.checkpoint import load_plain, save_atomically
 
 TARGETS = ("detectron2", "torchvision")
-SUFFIXES = (".pth.tar", ".pth", ".pt", ".pkl", ".pickle", ".ckpt", ".torch", ".tar", ".bin",
-            ".safetensors", ".pyth")  # fmt: skip
+ENDING = r"\.(pth(\.tar)?|pt|pkl|pickle|ckpt|torch|tar|bin|safetensors|pyth)$"
 FACTS = ("arch", "mean", "std", "channel_order", "stride_in_1x1", "source_sha256", "tensors")
-
-
+SOURCE = ("source_sha256", "source_place")
 Check = Callable[[Path], Any]
 Prover = Callable[[Backbone], Check]
 
@@ -45,6 +46,7 @@ def convert(
     output: str | Path | None = None,
     *,
     format: str | None = None,
+    prefix: str | None = None,
     to: str = "detectron2",
     drop: Sequence[str] = (),
     mean: Sequence[float] | None = None,
@@ -58,6 +60,7 @@ def convert(
         path: a file, or ``timm:NAME`` / ``torchvision:NAME`` (weights on this machine).
         output: where to; by default beside the source, ``ckpt_d2.pth`` or ``ckpt_torchvision.pth``.
         format: insist on a format of ``convert.sources``.
+        prefix: which of several backbones, by its place in the file.
         to: "detectron2", or "torchvision" for the way back.
         drop: further name patterns that are no part of the backbone.
         mean: of R, G, B on 0…255, where it is not the format's usual one; ``std`` likewise.
@@ -71,7 +74,7 @@ def convert(
     """
     target = default_output(path, to) if output is None else Path(output)
     _check_target(target, path, to)
-    source = read_backbone(path, format=format, drop=drop, mean=mean, std=std)
+    source = read_backbone(path, format=format, prefix=prefix, drop=drop, mean=mean, std=std)
     backbone = _for_torchvision(source) if to == "torchvision" else source
     _check_overwrite(target, source, overwrite)
     facts = backbone.facts()
@@ -93,30 +96,18 @@ def load_converted(path: str | Path) -> dict[str, Any]:
         InputError: damaged, not such a file, or its tensors are not those of its architecture.
     """
     content = load_plain(path)
-    if not is_converted(content):
+    facts = content.get("facts") if isinstance(content, Mapping) else None
+    if not isinstance(facts, Mapping) or content.get("__author__") != AUTHOR:
         raise InputError(f"{path} is no converted file; tools/convert_to_d2.py makes one of it")
-    facts = content["facts"]
     missing = [key for key in FACTS if key not in facts]
     if missing:
         raise InputError(f"{path} lacks the facts {', '.join(missing)}: convert it again")
     try:
         shapes = {names.to_torchvision(k): tuple(v.shape) for k, v in content["model"].items()}
         layouts.compare(shapes, layouts.layout_of(facts["arch"]))
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, KeyError) as error:
         raise InputError(f"{path}: {error}") from None
-    return content
-
-
-def is_converted(content: Any) -> bool:
-    """Whether an object read from a file is what ``convert`` writes for detectron2."""
-    if not isinstance(content, Mapping) or content.get("__author__") != AUTHOR:
-        return False
-    model = content.get("model")
-    return (
-        isinstance(content.get("facts"), Mapping)
-        and isinstance(model, Mapping)
-        and "stem.conv1.weight" in model
-    )
+    return dict(content)
 
 
 def default_output(path: str | Path, to: str = "detectron2") -> Path:
@@ -124,13 +115,8 @@ def default_output(path: str | Path, to: str = "detectron2") -> Path:
     ending = "_d2.pth" if to == "detectron2" else f"_{to}.pth"
     if str(path).startswith(zoo.PREFIXES):
         return Path(str(path).replace(":", "_") + ending)
-    path = Path(path)
-    stem = path.name
-    for suffix in SUFFIXES:
-        if stem.endswith(suffix):
-            stem = stem.removesuffix(suffix)
-            break
-    return path.with_name(stem.removesuffix("_d2").removesuffix("_torchvision") + ending)
+    stem = re.sub(ENDING, "", Path(path).name)
+    return Path(path).with_name(stem.removesuffix("_d2").removesuffix("_torchvision") + ending)
 
 
 def _for_torchvision(backbone: Backbone) -> Backbone:
@@ -145,16 +131,11 @@ def _for_torchvision(backbone: Backbone) -> Backbone:
             f"{backbone.source_path}: its blocks stride in the 1×1 convolution (MSRA), and "
             "torchvision's stride in the 3×3: no renaming makes these weights torchvision's"
         )
-    if convention.channel_order == "RGB":
-        return dataclasses.replace(
-            backbone, convention=dataclasses.replace(convention, stride_in_1x1=False)
-        )
-    stem = backbone.state["conv1.weight"].flip(1).contiguous()
-    return dataclasses.replace(
-        backbone,
-        state={**backbone.state, "conv1.weight": stem},
-        convention=Convention(convention.mean, convention.std),
-    )
+    state = dict(backbone.state)
+    if convention.channel_order == "BGR":
+        state["conv1.weight"] = state["conv1.weight"].flip(1).contiguous()
+    convention = dataclasses.replace(convention, channel_order="RGB", stride_in_1x1=False)
+    return dataclasses.replace(backbone, state=state, convention=convention)
 
 
 def _content(backbone: Backbone, facts: dict[str, Any], to: str) -> dict[str, Any]:
@@ -177,18 +158,19 @@ def _check_target(target: Path, path: str | Path, to: str) -> None:
 
 
 def _check_overwrite(target: Path, backbone: Backbone, overwrite: bool) -> None:
-    """Let an existing output be replaced only if it came from the same source."""
+    """Let an existing output be replaced only if it is of the same backbone of the same file."""
     if overwrite or not target.exists():
         return
     try:
         facts = load_plain(target).get("facts", {})
-        same = facts.get("source_sha256") == backbone.source_sha256
+        same = all(facts.get(key) == getattr(backbone, key) for key in SOURCE)
     except (InputError, AttributeError):
         same = False
     if not same:
+        place = f" at {backbone.source_place}" if backbone.source_place else ""
         raise InputError(
-            f"{target} exists and was not made from {backbone.source_path}; move it away, give "
-            "another --output, or say --overwrite"
+            f"{target} exists and was not made from {backbone.source_path}{place}; move it away, "
+            "give another --output, or say --overwrite"
         )
 
 
@@ -206,19 +188,23 @@ def _folder_beside(target: Path) -> Iterator[Path]:
 
 def summary(facts: Mapping[str, Any]) -> list[str]:
     """Return the lines that tell a reader what was recognised, kept and dropped."""
-    groups = _grouped(facts["dropped"], facts["source_prefix"])
-    dropped = ", ".join(groups) if groups else "nothing"
-    if facts["dropped_batch_counters"]:
-        dropped += f"; {facts['dropped_batch_counters']} num_batches_tracked (detection reads none)"
+    groups = collections.Counter(
+        relative(name, facts["source_place"]).partition(".")[0] for name in facts["dropped"]
+    )
+    dropped = ", ".join(f"{group}.* ({n})" if n > 1 else group for group, n in groups.items())
+    counters = facts["dropped_batch_counters"]
+    if counters:
+        dropped += f"; {counters} num_batches_tracked (detection reads none)"
     known = [
         f"{key} {facts[key]}" for key in ("method", "epoch", "seed", "dataset") if key in facts
     ]
-    source = BY_NAME.get(facts["source_format"])
+    source = FORMATS.get(facts["source_format"])
     lines = [
         f"format    {facts['source_format']}" + (f" ({source.about})" if source else ""),
+        f"found at  {facts['source_place'] or 'top level'}",
         f"arch      {facts['arch']}",
         f"tensors   {facts['tensors']}",
-        f"dropped   {dropped}",
+        f"dropped   {dropped or 'nothing'}",
         *([f"aside     {', '.join(facts['set_aside'])}"] if facts["set_aside"] else []),
         f"input     {facts['channel_order']}; of R, G, B on 0…255: mean {_numbers(facts['mean'])}, "
         f"std {_numbers(facts['std'])}",
@@ -229,16 +215,3 @@ def summary(facts: Mapping[str, Any]) -> list[str]:
 
 def _numbers(values: Iterable[float]) -> str:
     return "[" + ", ".join(f"{value:g}" for value in values) + "]"
-
-
-def _grouped(dropped: Sequence[str], prefix: str) -> list[str]:
-    """Shorten names to the module they belong to and a count: ``module.encoder_k.* (161)``."""
-    counts: dict[str, int] = {}
-    for name in dropped:
-        parts = name.split(".")
-        wrappers = sum(part in WRAPPERS for part in parts)
-        inside = ".".join(part for part in parts if part not in WRAPPERS).startswith(prefix)
-        depth = wrappers + 1 + (prefix.count(".") if inside else 0)
-        start = ".".join(parts[:depth]) + (".*" if len(parts) > depth else "")
-        counts[start] = counts.get(start, 0) + 1
-    return [f"{name} ({count})" if name.endswith("*") else name for name, count in counts.items()]

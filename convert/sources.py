@@ -1,19 +1,18 @@
-"""The formats that checkpoints come in, as a table: how to know one, and what stands where in it.
+"""What is known of checkpoints in the wild, as tables: input conventions, preferences, refusals.
 
-A format says where the state dict lies in the file (``containers``), what stands before the
-backbone's names in it (``prefixes``), how the backbone's tensors are called (``styles``), what
-else may lie beside them and is dropped by name (``drops``), and how images entered the network
-(``convention``). Wrappers (``module.`` of DDP, ``_orig_mod.`` of torch.compile) are stripped
-wherever they stand and need no mention. ``convert.recognise`` acts on the table.
+``convert.find`` finds every complete backbone of a file by itself. What the names alone cannot say
+stands here: how images enter the network (``FORMATS``), which of several different backbones is
+meant (``PREFERENCES``), what may lie beside a backbone (``HEADS``), and what looks like a network
+that detectron2 can hold but is none (``REFUSALS``, ``IMPOSTORS``).
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 OWN_FORMAT = "transfer-suite checkpoint"
 AUTHOR = "transfer-suite"
-WRAPPERS = ("module", "_orig_mod")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,335 +43,161 @@ TORCHVISION = Convention()
 MSRA = Convention(std=(1.0, 1.0, 1.0), channel_order="BGR", stride_in_1x1=True)
 FAIR = Convention(channel_order="BGR")
 
-BARE: tuple[str, ...] = ()
-PLAIN = (BARE, ("state_dict",), ("model",), ("model_state_dict",), ("model_state",))
 
-# What stands beside a backbone and is no part of it, in any format: heads, queues, momentum twins.
-# A pattern names a key, or everything below it; * is a wildcard.
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """One way of naming tensors (``convert.layouts.SPELLINGS``) with one input convention."""
+
+    about: str  # shown by --list-formats
+    spellings: tuple[str, ...]
+    convention: Convention = TORCHVISION
+
+
+PYTORCH = ("torchvision", "numbered", "transformers")
+FORMATS = {
+    "own": Format("this suite's tools/run_pretrain.py; the file states its input", PYTORCH),
+    "converted": Format("this suite's tools/convert_to_d2.py; the file states its input",
+                        ("detectron2", *PYTORCH)),
+    "torchvision": Format("torchvision's names, as nearly all have them, a numbered nn.Sequential, "
+                          "transformers: RGB, ImageNet std, stride in the 3×3", PYTORCH),
+    "torchvision-msra": Format("the same in MSRA's convention (resnet50_caffe): BGR, std 1, stride "
+                               "in the 1×1", PYTORCH, MSRA),
+    "caffe2-msra": Format("Caffe2 pickle of MSRA's ResNets: BGR, std 1, stride in the 1×1",
+                          ("caffe2",), MSRA),
+    "caffe2-fair": Format("Caffe2 pickle of FAIR's ResNeXts (X-101-32x8d): BGR, ImageNet std, "
+                          "stride in the 3×3", ("caffe2",), FAIR),
+    "detectron2": Format("detectron2's names: RGB, ImageNet std, stride in the 3×3",
+                         ("detectron2",)),
+    "detectron2-fair": Format("detectron2's names (its zoo's X-101): BGR, ImageNet std, stride in "
+                              "the 3×3", ("detectron2",), FAIR),
+    "detectron2-msra": Format("detectron2's names (its zoo's R50): BGR, std 1, stride in the 1×1",
+                              ("detectron2",), MSRA),
+}  # fmt: skip
+STATING = ("own", "converted")  # files that say of themselves that they are of the format
+
+# Of two different backbones in a file, the one whose place matches the pattern is preferred to the
+# one whose place is the replacement. Pairs that are not listed (weights and their moving average,
+# say) are the user's choice, by --prefix.
+PREFERENCES = (
+    (r"\bencoder_q\b", "encoder_k"),  # MoCo: query, key
+    (r"\bencoder$", "encoder_k"),  # PixPro
+    (r"\bbackbone$", "encoder_k.0"),  # mmselfsup's MoCo
+    (r"\bbackbone$", "target_net.0"),  # mmselfsup's BYOL
+    (r"\bbackbone$", "momentum_encoder.0"),  # mmselfsup's MoCo v3
+    (r"\bbase_encoder\b", "momentum_encoder"),  # MoCo v3
+    (r"(\w+)$", r"momentum_\1"),  # solo-learn
+    (r"(\w+)$", r"\1_momentum"),  # lightly
+    (r"\bonline", "target"),  # BYOL
+    (r"\bteacher", "student"),  # DINO evaluates its teacher
+    (r"^model\.encoder$", "model_ema.encoder"),  # PyContrast (InfoMin)
+)
+
+# What stands beside a backbone and is no part of it: heads, queues, a detector's other parts. A
+# pattern names a key relative to the backbone, or everything below it; * is a wildcard. The heads
+# of segmentation networks are not listed, for their ResNets are dilated under the same names.
 HEADS = (
-    "fc", "head", "heads", "head_*", "classifier", "linear", "linear_*", "last_layer",
-    "online_classifier", "proj", "projector", "projection", "projection_head*", "projection_mlp",
-    "projector_*", "predictor", "predictor_*", "prediction", "prediction_head*", "prediction_mlp",
-    "prototypes", "neck", "queue*", "ptr", "memory_bank*", "criterion*", "loss", "loss_*",
-    "momentum_*", "*_momentum", "target_*", "teacher_*", "student_head", "student_projection_*",
-    "n_averaged", "center",
+    "fc", "head", "heads", "head_*", "classifier", "linear", "linear_*", "last_layer", "proj",
+    "projector", "projector_*", "projection", "projection_*", "projet*", "predictor",
+    "predictor_*", "prediction", "prediction_*", "prototypes", "neck", "queue*", "ptr",
+    "memory_bank*", "criterion*", "loss", "loss_*", "n_averaged", "steps", "center",
+    "value_transform", "data_preprocessor",
+    "bn",  # the affine-free norm behind Barlow Twins' projector
+    "1",  # of nn.Sequential(backbone, head)
+    "fpn", "fpn_*", "top_block", "res5.norm", "proposal_generator", "roi_heads", "roi_head", "rpn",
+    "rpn_head", "bbox_head", "mask_head", "sem_seg_head", "pixel_mean", "pixel_std",
+    "anchor_generator", "stem.fc",
+)  # fmt: skip
+TWIN = re.compile(  # what a momentum network's or a teacher's head has about its name
+    r"^(?:momentum|teacher|student|target|online|key)_|(?<=\w)_(?:momentum|k)(?=\.|$)"
+)
+BLOBS = (  # the same of a Caffe2 pickle
+    "*_momentum", "fc1000*", "pred*", "lr", "weight_order", "model_iter", "bbox_*", "cls_*",
+    "conv_rpn*", "rpn_*", "fpn_*", "fc6*", "fc7*", "_[[]mask[]]_*", "mask_*", "conv5_mask*",
+    "kps_*", "conv_fcn*", "retnet_*", "last_out*",
+)  # fmt: skip
+
+# The tables below hold patterns of names, and what a name like that means.
+REFUSALS = (  # names in a residual network
+    (r"^(conv1|stem)\.\d+\.(weight|conv\.weight)$|^stem\.conv[23]\.|^conv[23]\.weight$",
+     "a deep stem of three 3×3 convolutions (ResNet-C/D), and detectron2's ResNet has one 7×7"),
+    (r"^layer\d\.\d+\.downsample\.2\.",
+     "an average-pooled shortcut (ResNet-D), which detectron2's ResNet has not"),
+    (r"^layer\d\.\d+\.(se|se_module|attn|eca)\.",
+     "attention in its blocks (SE, ECA), which detectron2's ResNet has not"),
+    (r"^layer\d\.\d+\.shortcut\.\d\.",
+     "a CIFAR ResNet's shortcut in place of downsample, and detectron2 has no 3×3 stem"),
+    (r"^[23]\.\d+\.conv1\.weight$",
+     "a stem without max-pool (lightly's ResNetGenerator, for CIFAR), which detectron2 has not"),
+    (r"^(layer\d\.\d+\.)?conv\d\.bias$", "convolutions with a bias, which detectron2 has not"),
+)  # fmt: skip
+OTHERS = (  # names in a file without a complete residual network
+    (r"relative_position_bias_table", "a Swin transformer"),
+    (r"(^|\.)(patch_embed|pos_embed|pos_embedding|cls_token|class_token|class_embedding)\b",
+     "a vision transformer"),
+    (r"(^|\.)(conv_dw|dwconv|depthwise_conv)\.|downsample_layers\.\d", "a ConvNeXt or MobileNet"),
+    (r"(^|\.)stage\d\.\d+\.branches\.", "an HRNet"),
+    (r"(^|\.)denseblock\d", "a DenseNet"),
+    (r"_flat_param$", "a shard of FSDP (save a full state dict)"),
+)  # fmt: skip
+IMPOSTORS = (  # what networks call themselves whose tensors are an ordinary ResNet's
+    (r"(^|_)resnet(aa|blur)\d+",
+     "down-samples by average or blur pooling, which detectron2's ResNet does not"),
+    (r"(^|_)resnet\d+_caffe", "has MSRA's convention; say so with --format torchvision-msra"),
 )  # fmt: skip
 
 
-Detect = Callable[[Mapping[str, Any], Mapping[str, Any]], bool]
+def reason(table: Sequence[tuple[str, str]], names: Iterable[str]) -> str | None:
+    """Return what the first pattern of a table means that is in any of the names, or None."""
+    names = list(names)
+    found = (means for pattern, means in table if any(re.search(pattern, n) for n in names))
+    return next(found, None)
 
 
-def always(content: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
-    """Ask for nothing beyond containers, prefixes and style."""
-    return True
+def formats_of(
+    content: Mapping[str, Any], spelling: str, state: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> list[str]:
+    """Return the formats that fit a backbone; one decides, of several the user has to choose.
 
-
-def top(*keys: str) -> Detect:
-    """The file's own top level has one of ``keys``."""
-    return lambda content, state: any(key in content for key in keys)
-
-
-def beside(*starts: str) -> Detect:
-    """The state dict has a key that begins with one of ``starts``."""
-    return lambda content, state: any(key.startswith(starts) for key in state)
-
-
-def both(first: Detect, second: Detect) -> Detect:
-    """Both of two conditions hold."""
-    return lambda content, state: first(content, state) and second(content, state)
-
-
-def _own(content: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
-    return content.get("format") == OWN_FORMAT
-
-
-def _converted(content: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
-    return content.get("__author__") == AUTHOR and isinstance(content.get("facts"), Mapping)
-
-
-def _not_ours(content: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
-    return not _own(content, state) and not _converted(content, state)
+    Args:
+        content: the whole file.
+        spelling: how the backbone's tensors are named.
+        state: the state dict that it lies in.
+        tensors: the backbone's own, by torchvision's names.
+    """
+    if content.get("format") == OWN_FORMAT:
+        return ["own"]
+    if content.get("__author__") == AUTHOR and isinstance(content.get("facts"), Mapping):
+        return ["converted"]
+    if spelling == "detectron2":
+        return _detectron2_formats(content.get("__author__"), state)
+    if spelling == "caffe2":
+        middle = tensors["layer1.0.conv2.weight"].shape
+        groups, width = middle[0] // middle[1], middle[1]
+        if groups == 1:
+            return ["caffe2-msra"]
+        return ["caffe2-fair"] if (groups, width) == (32, 8) else ["caffe2-msra", "caffe2-fair"]
+    return ["torchvision"]
 
 
 # Who writes detectron2's names for RGB weights with the stride in the 3×3.
 RGB_AUTHORS = ("torchvision", "MOCO", "CLS", "Yonglong", "OpenSelfSup")
 
 
-def _pixel(name: str, state: Mapping[str, Any]) -> list[float] | None:
-    """``pixel_mean`` or ``pixel_std``, which detectron2 saved in detectors until 2021."""
-    value = state.get(name)
-    return None if value is None else [float(number) for number in value.reshape(-1)]
-
-
-def _order(state: Mapping[str, Any]) -> str | None:
-    """The channel order of ``pixel_mean``, for ImageNet's red is brightest; "" of grey, or None."""
-    mean = _pixel("pixel_mean", state)
-    if mean is None or mean[0] == mean[-1]:
-        return None if mean is None else ""
-    return "RGB" if mean[0] > mean[-1] else "BGR"
-
-
-def _unit_std(state: Mapping[str, Any]) -> bool | None:
-    """Whether ``pixel_std`` is 1, as MSRA's is; None without it."""
-    std = _pixel("pixel_std", state)
-    return None if std is None else std[0] == 1.0
-
-
-def _detectron2_rgb(content: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
-    author = content.get("__author__")
-    if not _not_ours(content, state) or author == "Caffe2" or _order(state) not in (None, "RGB"):
-        return False
-    return author in RGB_AUTHORS or not _unit_std(state)
-
-
-def _detectron2_msra(content: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
-    author = content.get("__author__")
-    if not _not_ours(content, state) or author in RGB_AUTHORS or _order(state) == "RGB":
-        return False
-    return author == "Caffe2" or _unit_std(state) is not False
-
-
-def _detectron2_fair(content: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
-    return _not_ours(content, state) and _order(state) == "BGR" and _unit_std(state) is False
-
-
-def _groups(state: Mapping[str, Any]) -> tuple[int, int]:
-    """Groups and width per group of a Caffe2 network; (1, 64) of a plain ResNet."""
-    blob = state.get("res2_0_branch2b_w")
-    branch_c = "res2_0_branch2c_w" in state
-    if blob is None or not branch_c or len(blob.shape) != 4:
-        return 1, 64
-    return int(blob.shape[0] // max(blob.shape[1], 1)), int(blob.shape[1])
-
-
-def _caffe2_msra(content: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
-    return _groups(state) != (32, 8)
-
-
-def _caffe2_fair(content: Mapping[str, Any], state: Mapping[str, Any]) -> bool:
-    return _groups(state)[0] > 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """One format. Of two that pick the same tensors, the earlier in the table gives the name."""
-
-    name: str
-    about: str  # who writes it; shown by --list-formats
-    containers: tuple[tuple[str, ...], ...]  # where the state dict may lie; () is the file itself
-    prefixes: tuple[str, ...] = ("",)
-    detect: Detect = always  # what is asked for beyond containers, prefixes and style
-    drops: tuple[str, ...] = ()  # in addition to HEADS
-    styles: tuple[str, ...] = ("torchvision",)
-    convention: Convention = TORCHVISION
-    aliases: tuple[tuple[str, str], ...] = ()  # (start, start as it should be) of keys
-    on_request: bool = False  # only by --format: nothing in a file tells, or another is preferred
-
-
-_DETECTOR = (
-    "backbone.fpn_*", "backbone.top_block", "res5.norm", "proposal_generator", "roi_heads",
-    "sem_seg_head", "pixel_mean", "pixel_std", "anchor_generator", "stem.fc",
-)  # fmt: skip
-
-
-def _detectron2(name: str, about: str, detect: Detect, convention: Convention) -> Source:
-    """One of the three conventions in which detectron2's names come."""
-    return Source(
-        name,
-        about,
-        (("model",), ("state_dict",), BARE),
-        ("", "backbone.bottom_up.", "backbone.", "bottom_up."),
-        detect,
-        _DETECTOR,
-        ("detectron2",),
-        convention,
-        aliases=(("roi_heads.res5.", "backbone.res5."),),  # a C4 detector's last stage
-    )
-
-
-SOURCES: tuple[Source, ...] = (
-    Source("own", "this suite's tools/run_pretrain.py", (("model",),), detect=_own),
-    Source(
-        "converted",
-        "this suite's tools/convert_to_d2.py, detectron2 or torchvision names",
-        (("model",),),
-        detect=_converted,
-        styles=("detectron2", "torchvision"),
-    ),
-    Source(
-        "moco",
-        "MoCo v1, v2 (facebookresearch/moco): the query encoder",
-        (("state_dict",), BARE),
-        ("encoder_q.",),
-        drops=("encoder_k",),
-    ),
-    Source(
-        "moco-v3",
-        "MoCo v3 (facebookresearch/moco-v3), ResNet: the base encoder",
-        (("state_dict",), BARE),
-        ("base_encoder.",),
-        drops=("momentum_encoder",),
-    ),
-    Source(
-        "densecl",
-        "DenseCL, OpenSelfSup and mmselfsup MoCo: the backbone, which is the query encoder's",
-        (("state_dict",), BARE),
-        ("backbone.",),
-        beside("encoder_q.0."),
-        drops=("encoder_q", "encoder_k"),
-    ),
-    Source(
-        "infomin",
-        "PyContrast: InfoMin, CMC's RGB half and others with a memory; the model, not its EMA",
-        (("model",),),
-        ("encoder.",),
-        both(_not_ours, top("model_ema", "contrast")),
-    ),
-    Source(
-        "infomin-ema",
-        "the same file's momentum model",
-        (("model_ema",),),
-        ("encoder.",),
-        on_request=True,
-    ),
-    Source(
-        "supcon", "SupContrast (HobbitLong): SupCon, SimCLR", (("model",),), ("encoder.",),
-        top("opt"),
-    ),
-    Source(
-        "dino",
-        "DINO, full file: the teacher, as DINO's own evaluation takes",
-        (("teacher",),),
-        ("backbone.", ""),
-    ),
-    Source(
-        "dino-student",
-        "the same file's student",
-        (("student",),),
-        ("backbone.", ""),
-        on_request=True,
-    ),
-    Source(
-        "byol",
-        "BYOL: the online network (lucidrains, yaox12, sthalles and alike)",
-        (*PLAIN, ("online_network_state_dict",), ("online_backbone",)),
-        (
-            "online_encoder.net.",
-            "online_encoder.",
-            "online_network.encoder.",
-            "online_backbone.",
-            "encoder.",
-        ),
-        lambda content, state: any(key.startswith("online_") for key in (*state, *content)),
-        drops=("net", "online_encoder.projector", "online_network.projet*", "online_predictor",
-               "online_network.proj*", "projetion", "online_projector"),
-        styles=("torchvision", "numbered"),
-    ),
-    Source(
-        "vissl",
-        "VISSL: the trunk",
-        (("classy_state_dict", "base_model", "model", "trunk"), ("trunk",), *PLAIN),
-        ("_feature_blocks.", "trunk._feature_blocks.", "trunk.base_model._feature_blocks."),
-    ),
-    Source(
-        "swav",
-        "SwAV, DeepCluster-v2, SeLa-v2",
-        PLAIN,
-        detect=beside("prototypes", "projection_head"),
-    ),
-    Source(
-        "solo-learn",
-        "solo-learn and other Lightning checkpoints: the online backbone",
-        (("state_dict",),),
-        ("backbone.", "encoder."),
-        top("pytorch-lightning_version"),
-    ),
-    Source(
-        "lightly",
-        "lightly: the backbone as an nn.Sequential",
-        PLAIN,
-        ("backbone.", "encoder.", "features.", ""),
-        styles=("numbered",),
-    ),
-    Source(
-        "lightly-dino",
-        "lightly's DINO: the teacher",
-        PLAIN,
-        ("teacher_backbone.",),
-        beside("student_backbone."),
-        drops=("student_*",),
-        styles=("numbered", "torchvision"),
-    ),
-    Source(
-        "mmpretrain", "mmpretrain, mmselfsup, mmcls", (("state_dict",),), ("backbone.",),
-        top("meta"), drops=("data_preprocessor",),
-    ),
-    Source(
-        "barlow-twins", "Barlow Twins, VICReg: full file", (("model",),), ("backbone.",),
-        beside("projector."), drops=("bn",),
-    ),
-    Source("simsiam", "SimSiam", (("state_dict",),), ("encoder.",), beside("predictor.")),
-    Source("encoder", "SimCLR and others that say encoder.", PLAIN, ("encoder.",), _not_ours),
-    Source("backbone", "others that say backbone.", PLAIN, ("backbone.",), _not_ours),
-    Source("lightning", "a Lightning module that holds its network as model.",
-           (("state_dict",),), ("model.", "net.", "network."), top("pytorch-lightning_version")),
-    Source(
-        "timm", "timm's training script", (("state_dict",),), detect=top("version"),
-    ),
-    Source("timm-ema", "the same file's averaged model", (("state_dict_ema",),)),
-    Source(
-        "torchvision",
-        "torchvision, timm, and any file with torchvision's names (SwAV, BYOL, DINO backbones)",
-        PLAIN,
-        detect=_not_ours,
-    ),
-    Source("torchvision-ema", "torchvision's training script, the averaged model",
-           (("model_ema",),)),
-    Source(
-        "torchvision-msra",
-        "torchvision's names, MSRA's convention: BGR, std 1, stride in the 1×1 (resnet50_caffe)",
-        PLAIN,
-        ("", "backbone."),
-        convention=MSRA,
-        on_request=True,
-    ),
-    Source(
-        "caffe2-msra",
-        "Caffe2 / Detectron 1 pickle of MSRA's ResNets: BGR, std 1, stride in the 1×1",
-        (BARE, ("blobs",), ("model",)),
-        detect=_caffe2_msra,
-        drops=("*_momentum", "fc1000*", "pred*", "lr", "weight_order", "model_iter", "bbox_*",
-               "cls_*", "conv_rpn*", "rpn_*", "fpn_*", "fc6*", "fc7*", "_[[]mask[]]_*", "mask_*",
-               "conv5_mask*", "kps_*", "conv_fcn*", "retnet_*", "last_out*"),
-        styles=("caffe2",),
-        convention=MSRA,
-    ),
-    Source(
-        "caffe2-fair",
-        "Caffe2 pickle of FAIR's ResNeXts (X-101-32x8d): BGR, ImageNet std, stride in the 3×3",
-        (BARE, ("blobs",), ("model",)),
-        detect=_caffe2_fair,
-        drops=("*_momentum", "fc1000*", "pred*", "lr", "weight_order", "model_iter", "last_out*"),
-        styles=("caffe2",),
-        convention=FAIR,
-    ),
-    _detectron2(
-        "detectron2",
-        "detectron2 names, torchvision's convention: RGB, ImageNet std, stride in the 3×3",
-        _detectron2_rgb,
-        TORCHVISION,
-    ),
-    _detectron2(
-        "detectron2-fair",
-        "detectron2 names, FAIR's convention (its zoo's X-101): BGR, ImageNet std, stride in 3×3",
-        _detectron2_fair,
-        FAIR,
-    ),
-    _detectron2(
-        "detectron2-msra",
-        "detectron2 names, MSRA's convention (its model zoo's R50): BGR, std 1, stride in the 1×1",
-        _detectron2_msra,
-        MSRA,
-    ),
-)  # fmt: skip
-BY_NAME = {source.name: source for source in SOURCES}
+def _detectron2_formats(author: Any, state: Mapping[str, Any]) -> list[str]:
+    """Tell by the author, and by the pixel statistics that detectors held until 2021."""
+    mean, std = state.get("pixel_mean"), state.get("pixel_std")
+    order, unit_std = None, None
+    if mean is not None:  # ImageNet's red is brightest
+        first, _, last = (float(value) for value in mean.reshape(-1))
+        order = "grey" if first == last else "RGB" if first > last else "BGR"
+    if std is not None:
+        unit_std = float(std.reshape(-1)[0]) == 1.0
+    known_rgb = author in RGB_AUTHORS
+    fits = []
+    if author != "Caffe2" and order in (None, "RGB") and (known_rgb or not unit_std):
+        fits.append("detectron2")
+    if order == "BGR" and unit_std is False:
+        fits.append("detectron2-fair")
+    if not known_rgb and order != "RGB" and (author == "Caffe2" or unit_std is not False):
+        fits.append("detectron2-msra")
+    return fits

@@ -6,6 +6,7 @@ Nothing is ever downloaded: where the weights are not there, the error says wher
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,7 @@ def locate(name: str) -> Located:
         InputError: unknown name, weights not on this machine, or several of them.
     """
     library, _, model = name.partition(":")
-    if library == "torchvision":
-        return _torchvision(model)
-    if library == "timm":
-        return _timm(model)
-    raise InputError(f"{name!r} names no library; write timm:NAME or torchvision:NAME")
+    return _timm(model) if library == "timm" else _torchvision(model)
 
 
 def _torchvision(model: str) -> Located:
@@ -48,39 +45,34 @@ def _torchvision(model: str) -> Located:
 
     arch, _, wanted = model.partition(".")
     try:
-        weights = list(torchvision.models.get_model_weights(arch))
+        weights = {w.name: w for w in torchvision.models.get_model_weights(arch)}
     except ValueError:
         raise InputError(
             f"torchvision has no model {arch!r}; one is torchvision:resnet50"
         ) from None
-    if wanted and wanted not in [w.name for w in weights]:
-        known = ", ".join(w.name for w in weights)
+    if wanted and wanted not in weights:
+        known = ", ".join(weights)
         raise InputError(f"torchvision's {arch} has no weights {wanted!r}; it has {known}")
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    found = [
-        (w, folder / w.url.rsplit("/", 1)[-1])
-        for w in weights
-        if wanted in ("", w.name) and (folder / w.url.rsplit("/", 1)[-1]).is_file()
-    ]
-    names = [f"torchvision:{arch}.{w.name}" for w, _ in found]
-    weight, path = _only(found, names, f"torchvision:{model}", folder)
-    transform = weight.transforms()
-    return Located(path, f"torchvision:{arch}.{weight.name}", _convention(vars(transform)))
+    files = {
+        f"{arch}.{name}": folder / weight.url.rsplit("/", 1)[-1]
+        for name, weight in weights.items()
+        if wanted in ("", name)
+    }
+    files = {name: path for name, path in files.items() if path.is_file()}
+    name, path = _only(files, "torchvision", model, folder)
+    settings = vars(weights[name.partition(".")[2]].transforms())
+    return Located(path, f"torchvision:{name}", _convention(settings))
 
 
 def _timm(model: str) -> Located:
-    folder = hub_folder()
-    pattern = f"models--timm--{model}" if "." in model else f"models--timm--{model}*"
-    found = []
-    for repository in sorted(folder.glob(pattern)):
+    folder, files = hub_folder(), {}
+    for repository in sorted(folder.glob(f"models--timm--{model.partition('.')[0]}*")):
         name = repository.name.removeprefix("models--timm--")
-        if name.partition(".")[0] != model.partition(".")[0]:
-            continue
-        files = [p for f in _FILES for p in sorted(repository.glob(f"snapshots/*/{f}"))]
-        if files:
-            found.append((name, files[0]))
-    names = [f"timm:{name}" for name, _ in found]
-    name, path = _only(found, names, f"timm:{model}", folder)
+        found = [p for f in _FILES for p in sorted(repository.glob(f"snapshots/*/{f}"))]
+        if found and model in (name, name.partition(".")[0]):
+            files[name] = found[0]
+    name, path = _only(files, "timm", model, folder)
     config: dict[str, Any] = {}
     settings = path.parent / "config.json"
     if settings.is_file():
@@ -101,15 +93,16 @@ def hub_folder() -> Path:
     return Path(home).expanduser() / "hub"
 
 
-def _only(found: list[Any], names: list[str], wanted: str, folder: Path) -> Any:
-    if not found:
+def _only(files: Mapping[str, Path], library: str, model: str, folder: Path) -> tuple[str, Path]:
+    if not files:
         raise InputError(
-            f"the weights of {wanted} are not on this machine (looked in {folder}), and nothing is "
-            "downloaded here: fetch them with the library itself, or give a file"
+            f"the weights of {library}:{model} are not on this machine (looked in {folder}), and "
+            "nothing is downloaded here: fetch them with the library itself, or give a file"
         )
-    if len(found) > 1:
-        raise InputError(f"{wanted} could be {' or '.join(names)}, which are all there: say which")
-    return found[0]
+    if len(files) > 1:
+        names = " or ".join(f"{library}:{name}" for name in files)
+        raise InputError(f"{library}:{model} could be {names}, which are all there: say which")
+    return next(iter(files.items()))
 
 
 def _convention(settings: dict[str, Any]) -> Convention:

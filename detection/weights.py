@@ -19,8 +19,7 @@ from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from convert import d2
-from convert.pickles import read_pickle
-from convert.reading import PICKLES
+from convert.reading import PICKLES, read_pickle
 from core.errors import InputError
 from core.results import sha256_of
 from detection.cfg import set_norms

@@ -24,14 +24,13 @@ from torch import Tensor, nn
 
 from convert import d2, names
 from convert.backbone import read_backbone
-from convert.pickles import read_pickle
-from convert.reading import read
+from convert.reading import read, read_pickle
 from convert.sources import TORCHVISION
 from core.errors import InputError
 from detection import parity
 from models.checkpoint import Facts, save_checkpoint
 from models.resnet import create_model
-from tests.test_sources import LAYOUTS, ON_REQUEST
+from tests.test_sources import LAYOUT, LAYOUTS, format_of, resnet
 
 ROOT = Path(__file__).resolve().parent.parent
 State = dict[str, Tensor]
@@ -113,12 +112,16 @@ def test_the_written_file_is_plain_and_says_where_it_came_from(
         100,
         "torchvision",
     )
-    assert facts["dropped"] == ["fc.weight", "fc.bias"]
+    assert (facts["source_place"], facts["dropped"]) == (
+        "state_dict",
+        ["state_dict.fc.weight", "state_dict.fc.bias"],
+    )
     assert facts["set_aside"] == ["args"]
     assert (facts["mean"], facts["std"]) == (list(TORCHVISION.mean), list(TORCHVISION.std))
     assert d2.load_converted(conversion.output)["facts"] == facts
-    assert d2.is_converted(written)
-    assert not d2.is_converted({"model": written["model"]})
+    torch.save({"model": written["model"]}, tmp_path / "bare.pth")
+    with pytest.raises(InputError, match="no converted file"):
+        d2.load_converted(tmp_path / "bare.pth")
     assert conversion.output.stat().st_size < 46e6  # no optimiser, no head, no shared storage
 
 
@@ -142,7 +145,7 @@ def test_a_checkpoint_of_ours_hands_its_facts_on(network: nn.Module, tmp_path: P
         (lambda c: c["facts"].pop("mean"), "facts lack mean"),
         (lambda c: c.pop("facts") and c.update(facts={}), "facts lack arch, mean"),
         (lambda c: c.update(version=99), "version 99, newer than 1"),
-        (lambda c: c["facts"].update(std=[0.0, 1.0, 1.0]), "std and channel order are damaged"),
+        (lambda c: c["facts"].update(std=[0.0, 1.0, 1.0]), "not three numbers each on the scale"),
         (lambda c: c["facts"].update(arch="resnet34"), "calls itself resnet34, but is a resnet18"),
     ],
 )
@@ -161,11 +164,11 @@ def test_damaged_facts_of_ours_are_refused(
 
 
 @pytest.mark.parametrize("arch", ["resnet18_cifar", "resnext32_16x4d", "wrn_28_4"])
-def test_our_cifar_networks_are_refused_by_name(arch: str, tmp_path: Path) -> None:
+def test_our_cifar_networks_are_refused(arch: str, tmp_path: Path) -> None:
     state = create_model(arch, 4).state_dict()
     facts = Facts(arch, 4, "ce", 1, 0, "cifar100", 32, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
     save_checkpoint(tmp_path / "c.pth", state, facts)
-    with pytest.raises(InputError, match=rf"c\.pth: {arch} .*CIFAR stem.* cannot hold"):
+    with pytest.raises(InputError, match=r"c\.pth: .*CIFAR stem.* cannot hold.*resnet50"):
         d2.convert(tmp_path / "c.pth", prove=parity.proof)
     assert names_in(tmp_path) == {"c.pth"}
 
@@ -213,6 +216,85 @@ def test_a_network_that_is_not_what_it_calls_itself_is_refused(
         read_backbone(tmp_path / "a.pth")
     torch.save({"state_dict": state, "arch": "resnet18"}, tmp_path / "a.pth")
     assert read_backbone(tmp_path / "a.pth").arch == "resnet18"
+
+
+# ---- what the names do not tell ---------------------------------------------------------------
+
+
+def merged(state: State) -> State:
+    """The same network with the statistics merged into scale and bias, as MSRA's are."""
+    result = dict(state)
+    for key in [key for key in state if key.endswith("running_mean")]:
+        norm = key.removesuffix("running_mean")
+        scale = state[norm + "weight"] / (state[norm + "running_var"] + 1e-5).sqrt()
+        result[norm + "bias"] = state[norm + "bias"] - scale * state[key]
+        result[norm + "weight"] = scale
+        result[key], result[norm + "running_var"] = torch.zeros(len(scale)), torch.ones(len(scale))
+    return result
+
+
+def test_merged_statistics_need_a_format(network: nn.Module, tmp_path: Path) -> None:
+    """MSRA's weights under torchvision's names: nothing but the statistics gives them away."""
+    path = tmp_path / "msra.pth"
+    torch.save(merged(network.state_dict()), path)
+    with pytest.raises(
+        InputError, match=r"msra\.pth: .*merged.*--format \(torchvision \| torchvision-"
+    ):
+        d2.convert(path, prove=parity.proof)
+    assert names_in(tmp_path) == {"msra.pth"}
+    orders = [read_backbone(path, format=f).convention.channel_order
+              for f in ("torchvision", "torchvision-msra")]  # fmt: skip
+    assert orders == ["RGB", "BGR"]
+
+
+def test_a_network_that_was_never_trained_has_no_merged_statistics(tmp_path: Path) -> None:
+    torch.save(torchvision.models.resnet18(num_classes=2).state_dict(), tmp_path / "random.pth")
+    assert read_backbone(tmp_path / "random.pth").source_format == "torchvision"
+
+
+def test_a_normalisation_beside_the_backbone_gives_mean_and_std(
+    network: nn.Module, tmp_path: Path
+) -> None:
+    """On 0…1 and on 0…255; what is no mean and std of three channels is refused."""
+    path = tmp_path / "net.pth"
+    state = {f"model.{k}": v for k, v in network.state_dict().items()}
+
+    def read_with(new_mean: list[float], new_std: list[float], **options: Any) -> Any:
+        buffers = {"normalizer.new_mean": new_mean, "normalizer.new_std": new_std}
+        torch.save(
+            {**state, **{k: torch.tensor(v).view(-1, 1, 1) for k, v in buffers.items()}}, path
+        )
+        return read_backbone(path, **options).convention
+
+    assert read_with([0.5] * 3, [0.25] * 3).mean == (127.5, 127.5, 127.5)
+    assert read_with([0.5] * 3, [0.25] * 3).std == (63.75, 63.75, 63.75)
+    assert read_with([120.0] * 3, [60.0] * 3).std == (60, 60, 60)
+    assert read_with([0.5] * 3, [0.25] * 3, mean=[1, 2, 3], std=[4, 5, 6]).mean == (1, 2, 3)
+    with pytest.raises(InputError, match="not three numbers each"):
+        read_with([0.5], [0.25])
+
+
+def test_transformers_settings_that_move_strides_are_refused(tmp_path: Path) -> None:
+    content = LAYOUTS["transformers"][0](resnet(1), resnet(2))
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    settings = {"downsample_in_first_stage": False, "downsample_in_bottleneck": False}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert read_backbone(tmp_path / "pytorch_model.bin").source_place == "resnet"
+    (tmp_path / "config.json").write_text(
+        json.dumps({**settings, "downsample_in_bottleneck": True})
+    )
+    with pytest.raises(InputError, match=r"config\.json beside it says downsample_in_bottleneck"):
+        read_backbone(tmp_path / "pytorch_model.bin")
+
+
+def test_a_resume_state_of_ours_is_refused(network: nn.Module, tmp_path: Path) -> None:
+    """It holds the network, but does not say how images enter."""
+    from training.resume import FORMAT
+
+    content = {"format": FORMAT, "version": 1, "objective": network.state_dict()}
+    torch.save(content, tmp_path / "resume.pth")
+    with pytest.raises(InputError, match="resume state: give one of the run's checkpoints"):
+        read_backbone(tmp_path / "resume.pth")
 
 
 # ---- Caffe2 ----------------------------------------------------------------------------------
@@ -400,7 +482,49 @@ def test_settings_that_trainers_save_are_passed_over(network: nn.Module, tmp_pat
         "hyper_parameters": OmegaConf.create({"a": {"b": [1, 2.5, "c"]}}),
     }
     torch.save(content, tmp_path / "solo.ckpt")
-    assert read_backbone(tmp_path / "solo.ckpt").source_format == "solo-learn"
+    assert read_backbone(tmp_path / "solo.ckpt").source_place == "state_dict.backbone"
+
+
+def test_a_file_of_mmengines_runner_is_read(network: nn.Module, tmp_path: Path) -> None:
+    """Its log is pickled as HistoryBuffer objects, which hold arrays and their own methods."""
+    import types
+
+    class HistoryBuffer:
+        def mean(self) -> float:
+            return 0.0
+
+        def __init__(self) -> None:
+            self.max_length, self._log_history = 9, np.array([0.5, 0.25])
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {**vars(self), "statistics_methods": {"mean": HistoryBuffer.mean}}
+
+    name = "mmengine.logging.history_buffer"
+    HistoryBuffer.__module__ = HistoryBuffer.mean.__module__ = name
+    HistoryBuffer.__qualname__, HistoryBuffer.mean.__qualname__ = (
+        "HistoryBuffer",
+        "HistoryBuffer.mean",
+    )
+    modules = {part: types.ModuleType(part) for part in ("mmengine", "mmengine.logging", name)}
+    modules[name].HistoryBuffer = HistoryBuffer  # type: ignore[attr-defined]
+    content = {
+        "meta": {"epoch": 3, "mmengine_version": "0.10.7", "cfg": "model = dict()"},
+        "state_dict": {f"backbone.{k}": v for k, v in network.state_dict().items()},
+        "message_hub": {"log_scalars": {"train/loss": HistoryBuffer()}, "runtime_info": {}},
+        "optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": []},
+    }
+    path = tmp_path / "epoch_3.pth"
+    with pytest.MonkeyPatch.context() as patch:
+        for part, module in modules.items():
+            patch.setitem(sys.modules, part, module)
+        torch.save(content, path)
+    with zipfile.ZipFile(path) as archive:
+        stream = archive.read("epoch_3/data.pkl")
+    assert b"history_buffer" in stream
+    assert b"getattr" in stream
+    assert read_backbone(path).source_place == "state_dict.backbone"
+    found = read(path)["message_hub"]["log_scalars"]["train/loss"]
+    assert (type(found).__name__, vars(found)) == ("Inert", {})
 
 
 def test_a_stand_in_is_empty_whatever_it_is_given(tmp_path: Path) -> None:
@@ -414,10 +538,8 @@ def test_a_stand_in_is_empty_whatever_it_is_given(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "build"), LAYOUTS, ids=lambda v: getattr(v, "__name__", v))
-def test_every_layout_passes_the_proof_as_a_file(
-    name: str, build: Callable[[nn.Module, nn.Module], Any], tmp_path: Path
-) -> None:
+@LAYOUT
+def test_every_layout_passes_the_proof_as_a_file(name: str, tmp_path: Path) -> None:
     """The whole way of every format; what the default suite shows in memory and for a few."""
     if name in ("own", "converted"):
         pytest.skip("has facts, and tests of its own")
@@ -429,13 +551,15 @@ def test_every_layout_passes_the_proof_as_a_file(
         for value in models[-1].parameters():
             value.data *= factor
     path = tmp_path / ("net.pkl" if name.startswith("caffe2") else "net.pth")
-    content = build(*models)
+    content = LAYOUTS[name][0](*models)
     if path.suffix == ".pkl":
         path.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, path)
-    conversion = d2.convert(path, format=name if name in ON_REQUEST else None, prove=parity.proof)
-    assert conversion.facts["source_format"] == name
+    on_request = name if name == "torchvision-msra" else None
+    conversion = d2.convert(path, format=on_request, prove=parity.proof)
+    assert conversion.facts["source_format"] == format_of(name)
+    assert conversion.facts["source_place"] == LAYOUTS[name][1]
     assert conversion.proof.matched == 100
 
 
@@ -560,16 +684,18 @@ def without(start: str) -> Callable[[State], Any]:
         (change("bn1.bias", torch.ones(64).to(torch.float8_e5m2)), "quantised"),
         (change("bn1.bias", np.ones(64, np.int64)), "an array of int64"),
         (change("bn1.bias", "text"), "is a str, not a tensor"),
-        (lambda s: {**s, 7: torch.ones(1)}, "7 is a key"),
+        (lambda s: {**s, 7: torch.ones(1)}, "neither .*: 7;"),
         (change("bn1.bias", torch.ones(63)), "shape 63, but a resnet18 has 64"),
         (change("conv1.weight", torch.ones(64, 3, 3, 3)), "CIFAR"),
+        (change("conv1.weight", torch.zeros(64, 3, 7, 7)), "conv1.weight, the stem, is all zeros"),
+        (change("bn1.bias", torch.ones(64, device="meta")), "no numbers"),
         (
             lambda s: {k: v for k, v in s.items() if k != "layer4.1.bn2.bias"},
             "1 of the 100 tensors",
         ),
         (lambda s: {k: v for k, v in s.items() if "layer4" not in k}, "2, 2, 2 basic blocks"),
         (change("layer1.0.extra.weight", 1), "neither of the backbone"),
-        (lambda s: {"a": 1}, "no known format fits"),
+        (lambda s: {"a": 1}, "holds no ResNet: its keys are a"),
         (lambda s: [s], "holds a list"),
     ],
 )
@@ -618,6 +744,21 @@ def test_an_output_of_another_source_is_not_overwritten(good: Path, tmp_path: Pa
         d2.convert(tmp_path / "other.pth", output)
     d2.convert(tmp_path / "other.pth", output, overwrite=True)
     assert d2.load_converted(output)["facts"]["source_path"].endswith("other.pth")
+
+
+def test_another_backbone_of_the_same_file_does_not_overwrite_the_first(
+    network: nn.Module, tmp_path: Path
+) -> None:
+    state = network.state_dict()
+    ema = {key: value * 2 for key, value in state.items()}
+    torch.save({"model": state, "model_ema": ema}, tmp_path / "net.pth")
+    first = d2.convert(tmp_path / "net.pth", prefix="model")
+    with pytest.raises(InputError, match=r"not made from .*net\.pth at model_ema; .*--overwrite"):
+        d2.convert(tmp_path / "net.pth", prefix="model_ema")
+    second = d2.convert(tmp_path / "net.pth", tmp_path / "ema.pth", prefix="model_ema")
+    stems = [d2.load_converted(c.output)["model"]["stem.conv1.weight"] for c in (first, second)]
+    assert torch.equal(stems[0] * 2, stems[1])
+    assert second.facts["set_aside"] == ["model"]
 
 
 @pytest.mark.parametrize(
@@ -784,10 +925,10 @@ def test_the_tool_answers_bad_input_in_one_sentence(arguments: list[str], reason
 
 
 def test_the_list_of_formats_is_the_table() -> None:
-    from convert.sources import SOURCES
+    from convert.sources import FORMATS
 
     lines = tool("--list-formats").stdout.splitlines()
-    assert [line.split()[0] for line in lines] == [source.name for source in SOURCES]
+    assert [line.split()[0] for line in lines] == list(FORMATS)
 
 
 MEASURE = """

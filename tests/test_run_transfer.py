@@ -123,7 +123,10 @@ def test_a_foreign_checkpoint_enters_by_its_format(
     torch.save(state, tmp_path / "plain.pth")
     first = run_here(tmp_path / "moco.pth.tar", options=("--init", "mine"))[-1]
     second = run_here(tmp_path / "plain.pth")[-1]
-    assert (first.init, second.init) == ("mine", "torchvision")
+    assert (first.init, second.init) == ("mine", "plain")
+    key = run_here(tmp_path / "moco.pth.tar", options=("--prefix", "encoder_k"))[-1]
+    assert (key.init, key.value) == ("moco", first.value)
+    assert key.weights != first.weights  # another backbone of the file: never one mean with it
     assert first.value == second.value
     assert first.details["arch"] == "resnet18"
 

@@ -2,7 +2,7 @@
 """Convert a checkpoint to detectron2 weights, and prove that both compute the same features.
 
 tools/convert_to_d2.py ckpt.pth                    # writes ckpt_d2.pth beside it
-tools/convert_to_d2.py ckpt.pth --output out.pth --format moco
+tools/convert_to_d2.py ckpt.pth --output out.pth --prefix model_ema
 tools/convert_to_d2.py torchvision:resnet50        # weights that are on this machine already
 tools/convert_to_d2.py ckpt_d2.pth --to torchvision
 tools/convert_to_d2.py --list-formats
@@ -12,7 +12,7 @@ import _checkout  # isort:skip
 
 import argparse
 
-from convert.sources import SOURCES
+from convert.sources import FORMATS
 from core.errors import InputError
 
 
@@ -23,6 +23,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("checkpoint", nargs="?", help="a file, timm:NAME or torchvision:NAME")
     parser.add_argument("--output", type=_checkout.file, help="default: ckpt_d2.pth beside it")
     parser.add_argument("--format", help="insist on one of --list-formats")
+    parser.add_argument("--prefix", help="which of several backbones: its place, model_ema say")
     parser.add_argument("--to", default="detectron2", choices=("detectron2", "torchvision"))
     parser.add_argument("--drop", action="append", default=[], metavar="NAME",
                         help="also leave behind what has this name or lies below it")
@@ -40,9 +41,8 @@ def main() -> None:
     """Convert, prove, and print what was recognised and how well it agrees."""
     arguments = parse()
     if arguments.list_formats:
-        for source in SOURCES:
-            request = " (only with --format)" if source.on_request else ""
-            print(f"{source.name:16} {source.about}{request}")
+        for name, format in FORMATS.items():
+            print(f"{name:16} {format.about}")
         return
     if arguments.checkpoint is None:
         raise InputError("no checkpoint given; write tools/convert_to_d2.py ckpt.pth")
@@ -54,6 +54,7 @@ def main() -> None:
         arguments.checkpoint,
         arguments.output,
         format=arguments.format,
+        prefix=arguments.prefix,
         to=arguments.to,
         drop=arguments.drop,
         mean=arguments.mean,

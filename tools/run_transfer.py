@@ -13,6 +13,7 @@ signal with everything saved (start again with --resume).
 import _checkout  # isort:skip
 
 import argparse
+import hashlib
 from typing import TYPE_CHECKING
 
 from core import dist
@@ -31,6 +32,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--weights", required=True, help="a file, timm:NAME or torchvision:NAME")
     parser.add_argument("--init", default="", help="how rows name the weights; default: their own")
     parser.add_argument("--format", help="insist on a format of tools/convert_to_d2.py")
+    parser.add_argument("--prefix", help="which of several backbones: its place, model_ema say")
     parser.add_argument(
         "--output", type=_checkout.folder, help="default: runs/transfer/CONFIG/INIT_WEIGHTS"
     )
@@ -51,7 +53,7 @@ def main() -> int:
     data = ["data.name", arguments.data or named] if arguments.data or named else []
     config = load_config(TransferConfig, path, [*data, *arguments.overrides])
     recipe = load_config(TransferConfig, path, data)
-    weights = read_weights(arguments.weights, arguments.init, arguments.format)
+    weights = read_weights(arguments.weights, arguments.init, arguments.format, arguments.prefix)
     name = "_".join([*data[1:], path.stem])
     default = ROOT / "runs" / "transfer" / name / f"{weights.init}_{weights.sha256[:8]}"
     output = arguments.output or default
@@ -70,23 +72,26 @@ def main() -> int:
     return 0
 
 
-def read_weights(path: str, init: str, format: str | None) -> "Backbone":
-    """Return the backbone in a file: of this suite, or of any format that convert recognises.
+def read_weights(path: str, init: str, format: str | None, prefix: str | None) -> "Backbone":
+    """Return the backbone in a file: of this suite, or any that convert finds.
+
+    Rows name weights of others by their file, and tell two backbones of one file apart.
 
     Raises:
         InputError: missing, damaged, holding code, or no image backbone.
     """
     from convert import layouts, reading, zoo
     from convert.backbone import read_backbone
+    from convert.d2 import default_output
     from models.checkpoint import is_ours, load_checkpoint
-    from models.resnet import Architecture
     from transfer import backbone
 
     if not path.startswith(zoo.PREFIXES) and is_ours(reading.read(path)):
         return backbone.from_checkpoint(load_checkpoint(path), sha256_of(path), init)
-    found = read_backbone(path, format=format)
-    layout = layouts.layout_of(found.arch)
-    blocks = "bottleneck" if layout.bottleneck else "basic"
+    found = read_backbone(path, format=format, prefix=prefix)
+    sha256 = found.source_sha256
+    if prefix is not None:
+        sha256 = hashlib.sha256(f"{sha256} {found.source_place}".encode()).hexdigest()
     return backbone.from_tensors(
         found.arch,
         found.state,
@@ -94,16 +99,11 @@ def read_weights(path: str, init: str, format: str | None) -> "Backbone":
         found.convention.std,
         channel_order=found.convention.channel_order,
         stride_in_1x1=found.convention.stride_in_1x1,
-        sha256=found.source_sha256,
+        sha256=sha256,
         path=found.source_path,
-        init=init or found.origin.get("method", found.source_format),
+        init=init or found.origin.get("method", default_output(path).stem.removesuffix("_d2")),
         origin=found.origin,
-        spec=Architecture(
-            blocks,
-            layouts.BLOCKS[layout.depth],
-            groups=layout.groups,
-            base_width=layout.base_width,
-        ),
+        spec=layouts.layout_of(found.arch).spec,
     )
 
 
