@@ -85,7 +85,7 @@ def read_backbone(
         found = find(content, format=format, prefix=prefix, drop=drop)
         del content  # with it go optimiser states and momentum encoders
         for declared_name in declared:
-            _check_name(declared_name, found.arch, insisted=format is not None)
+            _check_name(declared_name, found.arch, required=format is not None)
         if found.spelling == "transformers":
             _check_config(file.with_name("config.json"))
         state = _as_tensors(found.tensors)
@@ -227,10 +227,10 @@ def _declared_names(content: Any) -> list[str]:
     return [name for name in found if isinstance(name, str)]
 
 
-def _check_name(declared: str, arch: str, insisted: bool) -> None:
+def _check_name(declared: str, arch: str, required: bool) -> None:
     """Raise ValueError if a checkpoint calls itself a network that its tensors are not."""
-    reason = sources.reason(sources.IMPOSTORS, [declared])
-    if reason and not (insisted and "--format" in reason):
+    reason = sources.reason(sources.LOOKALIKES, [declared])
+    if reason and not (required and "--format" in reason):
         raise ValueError(f"it calls itself {declared}, which {reason}")
     try:
         same = layouts.layout_of(declared).arch == arch

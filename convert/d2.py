@@ -1,4 +1,4 @@
-"""Read → recognise → rename → prove → write: a checkpoint becomes detectron2 weights, or back.
+"""Read → find → rename → prove → write: a checkpoint becomes detectron2 weights, or back.
 
 The written ``ckpt_d2.pth`` holds plain values only: ``{"model": {detectron2 names: tensors},
 "__author__", "matching_heuristics": True, "facts"}``. detectron2 loads it as it is; the heuristics
@@ -59,7 +59,7 @@ def convert(
     Args:
         path: a file, or ``timm:NAME`` / ``torchvision:NAME`` (weights on this machine).
         output: where to; by default beside the source, ``ckpt_d2.pth`` or ``ckpt_torchvision.pth``.
-        format: insist on a format of ``convert.sources``.
+        format: required format, a key of ``convert.sources.FORMATS``.
         prefix: which of several backbones, by its place in the file.
         to: "detectron2", or "torchvision" for the way back.
         drop: further name patterns that are no part of the backbone.
@@ -187,7 +187,7 @@ def _folder_beside(target: Path) -> Iterator[Path]:
 
 
 def summary(facts: Mapping[str, Any]) -> list[str]:
-    """Return the lines that tell a reader what was recognised, kept and dropped."""
+    """Return the lines of the report: what was found, kept and dropped."""
     groups = collections.Counter(
         relative(name, facts["source_place"]).partition(".")[0] for name in facts["dropped"]
     )

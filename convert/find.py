@@ -73,13 +73,13 @@ def find(
 
     Args:
         content: nested dicts, as unpickled.
-        format: the name of a format to insist on.
+        format: the required format, by its name.
         prefix: the place of the wanted backbone, or a part of it, where a file has several.
         drop: further patterns of names to leave behind.
 
     Raises:
         ValueError: no complete backbone, or several that differ; an input convention that the file
-            does not tell; a tensor that is neither of the backbone nor known to be dropped.
+            does not state; a tensor that is neither of the backbone nor known to be dropped.
     """
     if format is not None and format not in sources.FORMATS:
         raise ValueError(f"format {format!r} is unknown; known are {', '.join(sources.FORMATS)}")
@@ -275,7 +275,7 @@ def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
 
 
 def _format(content: Mapping[str, Any], chosen: _Candidate, format: str | None) -> str:
-    """Return the format that fits, or the one insisted on."""
+    """Return the required format, or the only one that fits."""
     spelling = chosen.match.spelling
     fits = sources.formats_of(content, spelling, chosen.state, chosen.tensors)
     if format is not None:

@@ -28,7 +28,7 @@ BLOCKS = {
     152: (3, 8, 36, 3),
 }
 STEM_CHANNELS = 64
-ANCHORS = {  # a name of each spelling that tells it
+ANCHORS = {  # one name that identifies each spelling
     "torchvision": "layer1.0.conv1.weight",
     "detectron2": "res2.0.conv1.weight",
     "caffe2": "res2_0_branch2a_w",

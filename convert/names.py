@@ -84,7 +84,7 @@ def to_torchvision(name: str, spelling: str = "detectron2") -> str:
 
     Raises:
         ValueError: ``name`` is no backbone tensor in that spelling, a key of TO_TORCHVISION. So is
-            Caffe2's ``conv1_b``, the stem's bias: a torchvision network has nowhere to put it.
+            Caffe2's ``conv1_b``, the stem's bias: torchvision's ResNet has no such tensor.
     """
     if name not in TO_TORCHVISION[spelling]:
         raise ValueError(f"{name!r} is no tensor of a {spelling} ResNet backbone")

@@ -3,7 +3,7 @@
 ``convert.find`` finds every complete backbone of a file by itself. What the names alone cannot say
 stands here: how images enter the network (``FORMATS``), which of several different backbones is
 meant (``PREFERENCES``), what may lie beside a backbone (``HEADS``), and what looks like a network
-that detectron2 can hold but is none (``REFUSALS``, ``IMPOSTORS``).
+that detectron2 can hold but is none (``REFUSALS``, ``LOOKALIKES``).
 """
 
 import dataclasses
@@ -121,14 +121,15 @@ REFUSALS = (  # names in a residual network
     (r"^(conv1|stem)\.\d+\.(weight|conv\.weight)$|^stem\.conv[23]\.|^conv[23]\.weight$",
      "a deep stem of three 3×3 convolutions (ResNet-C/D), and detectron2's ResNet has one 7×7"),
     (r"^layer\d\.\d+\.downsample\.2\.",
-     "an average-pooled shortcut (ResNet-D), which detectron2's ResNet has not"),
+     "an average-pooled shortcut (ResNet-D), which detectron2's ResNet does not have"),
     (r"^layer\d\.\d+\.(se|se_module|attn|eca)\.",
-     "attention in its blocks (SE, ECA), which detectron2's ResNet has not"),
+     "attention in its blocks (SE, ECA), which detectron2's ResNet does not have"),
     (r"^layer\d\.\d+\.shortcut\.\d\.",
      "a CIFAR ResNet's shortcut in place of downsample, and detectron2 has no 3×3 stem"),
     (r"^[23]\.\d+\.conv1\.weight$",
-     "a stem without max-pool (lightly's ResNetGenerator, for CIFAR), which detectron2 has not"),
-    (r"^(layer\d\.\d+\.)?conv\d\.bias$", "convolutions with a bias, which detectron2 has not"),
+     "a stem without max-pool (lightly's ResNetGenerator, for CIFAR), and detectron2's has one"),
+    (r"^(layer\d\.\d+\.)?conv\d\.bias$",
+     "convolutions with a bias, which detectron2's ResNet does not have"),
 )  # fmt: skip
 OTHERS = (  # names in a file without a complete residual network
     (r"relative_position_bias_table", "a Swin transformer"),
@@ -139,7 +140,7 @@ OTHERS = (  # names in a file without a complete residual network
     (r"(^|\.)denseblock\d", "a DenseNet"),
     (r"_flat_param$", "a shard of FSDP (save a full state dict)"),
 )  # fmt: skip
-IMPOSTORS = (  # what networks call themselves whose tensors are an ordinary ResNet's
+LOOKALIKES = (  # names of networks whose tensors are an ordinary ResNet's
     (r"(^|_)resnet(aa|blur)\d+",
      "down-samples by average or blur pooling, which detectron2's ResNet does not"),
     (r"(^|_)resnet\d+_caffe", "has MSRA's convention; say so with --format torchvision-msra"),

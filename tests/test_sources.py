@@ -259,11 +259,11 @@ def averaged(container: str) -> Callable[[nn.Module, nn.Module], Content]:
 
 
 def compiled(net: nn.Module, twin: nn.Module) -> Content:
-    return {"model": torch.compile(net).state_dict()}
+    return {"model": Holder(_orig_mod=net).state_dict()}
 
 
 def compiled_part(net: nn.Module, twin: nn.Module) -> Content:
-    return {"state_dict": parallel(Holder(encoder_q=torch.compile(net))).state_dict()}
+    return {"state_dict": parallel(Holder(encoder_q=Holder(_orig_mod=net))).state_dict()}
 
 
 def own(net: nn.Module, twin: nn.Module) -> Content:

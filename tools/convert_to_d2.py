@@ -22,8 +22,9 @@ def parse() -> argparse.Namespace:
     parser = _checkout.Parser(__doc__)
     parser.add_argument("checkpoint", nargs="?", help="a file, timm:NAME or torchvision:NAME")
     parser.add_argument("--output", type=_checkout.file, help="default: ckpt_d2.pth beside it")
-    parser.add_argument("--format", help="insist on one of --list-formats")
-    parser.add_argument("--prefix", help="which of several backbones: its place, model_ema say")
+    parser.add_argument("--format", help="the input convention: one of --list-formats")
+    parser.add_argument("--prefix", metavar="PLACE",
+                        help="select one of several backbones in the file, e.g. model_ema")
     parser.add_argument("--to", default="detectron2", choices=("detectron2", "torchvision"))
     parser.add_argument("--drop", action="append", default=[], metavar="NAME",
                         help="also leave behind what has this name or lies below it")
@@ -38,7 +39,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Convert, prove, and print what was recognised and how well it agrees."""
+    """Convert, prove, and print what was found and how well it agrees."""
     arguments = parse()
     if arguments.list_formats:
         for name, format in FORMATS.items():
@@ -47,8 +48,13 @@ def main() -> None:
     if arguments.checkpoint is None:
         raise InputError("no checkpoint given; write tools/convert_to_d2.py ckpt.pth")
 
-    from convert.d2 import convert, summary
-    from detection.parity import proof, proof_of_way_back
+    from convert.backbone import Backbone
+    from convert.d2 import Check, convert, summary
+
+    def prove(backbone: Backbone) -> Check:
+        from detection.parity import proof, proof_of_way_back  # detectron2, for good input only
+
+        return (proof if arguments.to == "detectron2" else proof_of_way_back)(backbone)
 
     conversion = convert(
         arguments.checkpoint,
@@ -60,7 +66,7 @@ def main() -> None:
         mean=arguments.mean,
         std=arguments.std,
         overwrite=arguments.overwrite,
-        prove=proof if arguments.to == "detectron2" else proof_of_way_back,
+        prove=prove,
     )
     print("\n".join([*summary(conversion.facts), *conversion.proof.lines()]))
     print(f"wrote     {conversion.output}")

@@ -31,8 +31,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", help="a data set of data/catalogue.py; default: the config's own")
     parser.add_argument("--weights", required=True, help="a file, timm:NAME or torchvision:NAME")
     parser.add_argument("--init", default="", help="how rows name the weights; default: their own")
-    parser.add_argument("--format", help="insist on a format of tools/convert_to_d2.py")
-    parser.add_argument("--prefix", help="which of several backbones: its place, model_ema say")
+    parser.add_argument("--format", help="as of tools/convert_to_d2.py")
+    parser.add_argument(
+        "--prefix", help="select one of several backbones in the file, e.g. model_ema"
+    )
     parser.add_argument(
         "--output", type=_checkout.folder, help="default: runs/transfer/CONFIG/INIT_WEIGHTS"
     )
