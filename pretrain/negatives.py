@@ -73,18 +73,18 @@ class Negatives:
         On a CPU only the images whose stretch meets the chunk are named. On a GPU None means all
         images, so that the host need not know.
         """
-        low = torch.arange(0, len(self.rows), size)
-        high = (low + size).clamp(max=len(self.rows))
-        if self.rows.device.type not in ON_HOST:
-            meets = None
-        else:
-            first, last = self.position[low, None], self.position[high - 1, None]  # chunks×1
+        lows = range(0, len(self.rows), size)
+        highs = [min(low + size, len(self.rows)) for low in lows]
+        meets = None
+        if self.rows.device.type in ON_HOST:
+            first = self.position[list(lows), None]  # chunks×1
+            last = self.position[[high - 1 for high in highs], None]
             end = self.start + self.length
             meets = (self.start <= last) & (end > first) | (end - self.pool > first)
-        for number, (begin, stop) in enumerate(zip(low.tolist(), high.tolist(), strict=True)):
+        for number, (low, high) in enumerate(zip(lows, highs, strict=True)):
             images = None if meets is None else meets[number].nonzero()[:, 0]
             if images is None or len(images):
-                yield self.rows[begin:stop], images, self.counted(begin, stop, images, dtype)
+                yield self.rows[low:high], images, self.counted(low, high, images, dtype)
 
     def listed(self) -> Tensor:
         """Return each image's negatives among the held rows, B×K (each must have K).
@@ -148,9 +148,8 @@ class Drawer:
             Negatives of the images of ``own`` among the rows of this rank's bank.
         """
         device, size = classes.device, len(own)
-        generator = torch.Generator(device)
-        generator.manual_seed(mixed(self.seed, step) >> 1)
-        rows = self._pool(generator)
+        generator = seeded(device, self.seed, step)
+        rows = self._pool(generator, device)
         joined, first = (size, 0) if world > 1 else (size * dist.world_size(), size * dist.rank())
         offset = torch.rand(joined, generator=generator, device=device, dtype=torch.float64)
         offset = offset.mul_(not self.shared)[first : first + size]
@@ -172,9 +171,9 @@ class Drawer:
         )
         return Negatives(rows, of_rows, position, own, start, length, count, self.pool)
 
-    def _pool(self, generator: torch.Generator) -> Tensor:
+    def _pool(self, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Return the P rows of a step's pool among all N."""
-        device, images, pool = generator.device, self.images, self.pool
+        images, pool = self.images, self.pool
         if not self.negatives:
             return torch.arange(images, device=device)
         if self.replace:
@@ -227,6 +226,11 @@ def stretches(
     start = position_of(rank)
     end = position_of(torch.where(around, last - others, last)) + 1 + around * size
     return start, end - start, count
+
+
+def seeded(device: torch.device, *seed: int) -> torch.Generator | None:
+    """Return a generator of its own for a device."""
+    return torch.Generator(device).manual_seed(mixed(*seed) >> 1)
 
 
 def exact_float(pool: int) -> torch.dtype:

@@ -185,7 +185,7 @@ class PreservationTerm(nn.Module):
         self.register_buffer("classes", classes, persistent=False)  # of the bank's rows
         self.register_buffer("log_z", torch.zeros(2))  # log Z of v·M^t and of t·M^v
         self.register_buffer("z_known", torch.zeros((), dtype=torch.bool))
-        self._has_z: bool | None = None  # z_known, as the host knows it
+        self._has_z: bool | None = False  # z_known, as the host knows it; None: it must read it
         self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "_has_z", None))
         self.drawer = Drawer(config, labels, seed)
         self._seen: tuple[Tensor, Tensor, Tensor] | None = None
@@ -268,7 +268,7 @@ class PreservationTerm(nn.Module):
         self._has_z = True
 
     def _z_is_known(self) -> bool:
-        if self._has_z is None:  # once after the start or a resume
+        if self._has_z is None:  # once after a resume
             self._has_z = bool(self.z_known)
         return self._has_z
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.errors import InputError
@@ -203,6 +204,28 @@ def test_on_a_device_a_step_reads_nothing_back_and_gives_the_same(
         sum(losses.values(), torch.zeros(())).backward()
         there.after_step()
     torch.testing.assert_close(losses, expected)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("changes", STAGE_TWO, ids=lambda changes: str(changes or "released"))
+def test_on_a_device_no_tensor_of_a_step_is_the_hosts(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], number: int
+) -> None:
+    """Fake CUDA tensors need no GPU; they refuse to meet a host's, and have no value to be read."""
+    monkeypatch.setattr(draws, "seeded", lambda *_: None)
+    objective = CTC(toy.ToyNetwork(), LABELS, small(**changes), seed=3)
+    for stage in range(number + 1):
+        objective.enter_stage(stage)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        objective.to("cuda")
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+        index = INDEX.to("cuda")
+        for step in (0, 1):
+            objective.set_step(step)
+            losses = objective(torch.zeros(5, 3, 4, 4, device="cuda"), index % 3, index)
+            objective.after_step()
+    assert {value.device.type for value in losses.values()} == {"cuda"}
 
 
 def test_stage_one_reads_nothing_back() -> None:
