@@ -8,7 +8,6 @@ machine slows both alike.
 
 import ctypes
 import math
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -42,34 +41,31 @@ def stage2_shared(images: int = IMAGES, negatives: int = NEGATIVES, repeats: int
 
 def _stage2(mode: str, images: int, negatives: int, repeats: int) -> Measured:
     """Baseline: each image's K + 1 rows gathered from both banks, as the released code does."""
-    config = CTCConfig(tau2=TAU, num_negatives=negatives, negatives=mode)
-    batch = Batch(config, images)
+    batch = Batch(CTCConfig(tau2=TAU, num_negatives=negatives, negatives=mode), images)
     listed = batch.term.draw(batch.labels, 0).listed()
     contrasted = torch.cat([batch.index[:, None], listed], dim=1)  # B×(K+1)
     batch.step()  # fixes Z
-    ways: dict[str, Callable[[], float]] = {
+    ways = {
         "gathered": lambda: batch.step(plain_loss(batch.term, contrasted)),
         "B×N product": lambda: batch.step(plain_loss(batch.term, contrasted, multiply_all)),
         "ours": batch.step,
     }
     before = [bank.storage.clone() for bank in batch.banks]
-    exact = batch.exact_loss(contrasted)
+    in_float64 = plain_loss(batch.term, contrasted, multiply_all)
+    exact = float(in_float64(batch.v.double(), batch.t.double(), batch.labels, batch.index, 0))
     errors = []
     for name, way in ways.items():
         errors.append(f"{name} {abs(way() / exact - 1):.1e}")
         for bank, rows in zip(batch.banks, before, strict=True):  # undo the update
             bank.storage.copy_(rows)
-    (baseline, base_median), (product, _), (ours, median) = in_turns(
-        list(ways.values()), repeats, 3
-    )
-    return baseline, ours, [
-        f"L_IPS, nce, N {images}, K {negatives}, B {B}, D {D}, {mode} negatives, "
-        f"{torch.get_num_threads()} threads",
+    baseline, product, ours = in_turns(list(ways.values()), repeats, ours_times=3)
+    lines = [
+        f"L_IPS, nce, N {images}, K {negatives}, B {B}, D {D}, {mode} negatives, {threads()}",
         "baseline: rows gathered per image; its negatives are given, ours are drawn in the step",
         f"loss {exact:.6f} in float64; relative error in float32: {', '.join(errors)}",
         f"B×N product and a gather of its entries: {product:.3g} s, {baseline / product:.1f}×",
-        f"medians: baseline {base_median:.3g} s, ours {median:.3g} s",
-    ]  # fmt: skip
+    ]
+    return baseline, ours, lines
 
 
 class Batch:
@@ -94,23 +90,10 @@ class Batch:
         self.term.update()
         return float(value.detach())
 
-    def exact_loss(self, contrasted: Tensor) -> float:
-        """Return the loss in float64, image by image."""
-        return sum(
-            float(
-                losses.preservation_loss(
-                    e[None].double(), bank.rows.double(), row[None], TAU, log_z=z.double(),
-                    share=(len(row) - 1) / bank.images,
-                )
-            ) / B
-            for embedding, bank, z in zip((self.v, self.t), self.banks, self.term.log_z)
-            for e, row in zip(embedding, contrasted)
-        )  # fmt: skip
-
 
 def gather_rows(embedding: Tensor, rows: Tensor, contrasted: Tensor) -> Tensor:
     """Gather B×(K+1) rows of D numbers, multiply each image with its own."""
-    gathered = rows.index_select(0, contrasted.flatten()).view(len(embedding), -1, D)
+    gathered = rows.index_select(0, contrasted.flatten()).view(B, -1, D)
     return torch.bmm(gathered, embedding[:, :, None])[:, :, 0]
 
 
@@ -127,11 +110,11 @@ def plain_loss(
     def loss(v: Tensor, t: Tensor, labels: Tensor, index: Tensor, step: int) -> Tensor:
         share, total = (contrasted.shape[1] - 1) / term.images, torch.zeros(())
         banks = (term.frozen_bank, term.bank)
-        for embedding, bank, log_z in zip((v, t), banks, term.log_z, strict=True):
-            p = (similarities(embedding, bank.rows, contrasted) / TAU).exp() / log_z.exp()
+        for embedding, bank, z in zip((v, t), banks, term.log_z.to(v.dtype).exp(), strict=True):
+            p = (similarities(embedding, bank.rows.to(v.dtype), contrasted) / TAU).exp() / z
             total = total - torch.log(p[:, 0] / (p[:, 0] + share + 1e-7)).mean()
             total = total - torch.log(share / (p[:, 1:] + share + 1e-7)).sum(dim=1).mean()
-        term._seen = (index, v.detach(), t.detach())
+        term.seen = (index, v.detach(), t.detach())
         return total
 
     return loss
@@ -140,31 +123,31 @@ def plain_loss(
 def stage1(images: int = 400_000, repeats: int = 5) -> Measured:
     """L_IAS and its gradient; baseline: B×N logits and autograd."""
     torch.manual_seed(0)
-    rows, embedding = unit(images), unit(B)
-    index = torch.randint(images, (B,))
+    rows, embedding, index = unit(images), unit(B), torch.randint(images, (B,))
 
-    def measured(loss: Callable[[Tensor], Tensor]) -> Callable[[], tuple[float, Tensor]]:
-        def run() -> tuple[float, Tensor]:
-            u = embedding.clone().requires_grad_()
-            value = loss(u).mean()
-            return float(value.detach()), torch.autograd.grad(value, u)[0]
+    def run(loss: Callable[[Tensor], Tensor]) -> tuple[float, Tensor]:
+        u = embedding.clone().requires_grad_()
+        value = loss(u).mean()
+        return float(value.detach()), torch.autograd.grad(value, u)[0]
 
-        return run
+    def ours() -> tuple[float, Tensor]:
+        return run(lambda u: instance_loss(u, rows[index], rows, TAU))
 
-    ours = measured(lambda u: instance_loss(u, rows[index], rows, TAU))
-    materialised = measured(lambda u: losses.instance_loss(u, rows, index, TAU))
+    def materialised() -> tuple[float, Tensor]:
+        return run(lambda u: losses.instance_loss(u, rows, index, TAU))
+
     instance_loss(embedding, rows[:B], rows[:1000], TAU)  # warms the libraries up
     our_peak, base_peak = peak_extra_bytes(ours), peak_extra_bytes(materialised)
     (value, gradient), (expected, expected_gradient) = ours(), materialised()
     error = float((gradient - expected_gradient).norm() / expected_gradient.norm())
-    (baseline, base_median), (best, median) = in_turns([materialised, ours], repeats, 2)
-    return baseline, best, [
-        f"L_IAS, N {images}, B {B}, D {D}, {torch.get_num_threads()} threads",
+    baseline, best = in_turns([materialised, ours], repeats, ours_times=2)
+    lines = [
+        f"L_IAS, N {images}, B {B}, D {D}, {threads()}",
         f"loss {value:.6f}, materialised {expected:.6f}; gradient differs by {error:.1e}",
         f"peak extra memory: baseline {base_peak / 2**20:.0f} MiB, ours {our_peak / 2**20:.1f} MiB "
         f"({100 * our_peak / max(base_peak, 1):.1f}%)",
-        f"medians: baseline {base_median:.3g} s, ours {median:.3g} s",
-    ]  # fmt: skip
+    ]
+    return baseline, best, lines
 
 
 def stage1_imagenet() -> Measured:
@@ -179,35 +162,31 @@ def whole_step(images: int = IMAGES, repeats: int = 5) -> Measured:
     format that the loop chooses on this machine.
     """
     precision = amp.resolve("auto", torch.device("cpu"))
-    step, term, seconds = _step_of(images, precision)
-    in_float32, _, _ = _step_of(images, "none", channels_last=False)
+    step, term = _step_of(images, precision)
+    in_float32, _ = _step_of(images, "none", channels_last=False)
     step()  # fixes Z
     in_float32()
-    kernel, others = term.loss, torch.randint(images, (B, NEGATIVES + 1))
+    kernel, named = term.loss, torch.randint(images, (B, NEGATIVES + 1))
 
     def baseline() -> None:
-        term.loss = plain_loss(term, others)  # type: ignore[method-assign]
+        term.loss = plain_loss(term, named)
         step()
-        term.loss = kernel  # type: ignore[method-assign]
+        term.loss = kernel
 
     baseline()
-    (slow, _), (fast, _), (float32, _) = in_turns([baseline, step, in_float32], repeats)
-    seconds.clear()
-    for _ in range(repeats):
-        step()
-    shares = ", ".join(f"{name} {min(values):.3g} s" for name, values in seconds.items())
-    return slow, fast, [
+    slow, fast, float32 = in_turns([baseline, step, in_float32], repeats)
+    lines = [
         f"ResNet-18 (CIFAR stem), B {B} at 32 px, N {images}, K {NEGATIVES}, {precision}, "
-        f"channels_last, {torch.get_num_threads()} threads",
-        f"of our step: {shares}; the rest is the student's backward pass and the optimiser",
+        f"channels_last, {threads()}",
         f"our step in float32, without channels_last: {float32:.3g} s, {float32 / fast:.1f}×",
-    ]  # fmt: skip
+    ]
+    return slow, fast, lines
 
 
 def _step_of(
     images: int, precision: str, channels_last: bool = True
-) -> tuple[Callable[[], Any], PreservationTerm, dict[str, list[float]]]:
-    """Return a stage-2 step of the training loop, its L_IPS, and where parts are timed."""
+) -> tuple[Callable[[], Any], Any]:
+    """Return a stage-2 step of the training loop, and its L_IPS."""
     torch.manual_seed(0)
     labels = torch.arange(images) % CLASSES
     short = StageConfig(1, 0.005, 5e-4)
@@ -217,26 +196,8 @@ def _step_of(
     position = trainer.begin(Hooks())
     position.epoch = 1
     trainer.enter(position, Hooks(batches=lambda: iter(())))
-    term: Any = objective.term
     batch, index = torch.randn(B, 3, 32, 32), torch.randperm(images)[:B]
-    seconds: dict[str, list[float]] = {}
-    _time(term, "frozen_features", "frozen network", seconds)
-    _time(objective.model, "forward_features", "student forward", seconds)
-    _time(term, "loss", "L_IPS", seconds)
-    _time(term, "update", "bank update", seconds)
-    return lambda: trainer.step(batch, labels[index], index, 0.005, position), term, seconds
-
-
-def _time(owner: Any, name: str, label: str, seconds: dict[str, list[float]]) -> None:
-    function = getattr(owner, name)
-
-    def timed(*arguments: Any) -> Any:
-        started = time.perf_counter()
-        result = function(*arguments)
-        seconds.setdefault(label, []).append(time.perf_counter() - started)
-        return result
-
-    setattr(owner, name, timed)
+    return lambda: trainer.step(batch, labels[index], index, 0.005, position), objective.term
 
 
 def bank_dtype(images: int = IMAGES, repeats: int = 5) -> Measured:
@@ -249,30 +210,27 @@ def bank_dtype(images: int = IMAGES, repeats: int = 5) -> Measured:
     reference: list[float] = []
     for dtype in ("fp32", "bf16", "fp16"):
         batch = Batch(CTCConfig(bank_dtype=dtype), images)
-        instance = InstanceTerm(1, images, batch.term.config)
-        filled = unit(images)
+        instance, filled = InstanceTerm(1, images, batch.term.config), unit(images)
         for bank in (*batch.banks, instance.bank):
             bank.rows.copy_(filled)
-        values = [float(instance.loss(batch.v, batch.index).detach()), batch.step()]
+        values = [float(instance.loss(batch.v, batch.index)), batch.step()]
         reference = reference or values
-        ((seconds[dtype], _),) = in_turns([batch.step], repeats)
+        (seconds[dtype],) = in_turns([batch.step], repeats)
         changes = [f"{x:.5f} ({x - r:+.1e})" for x, r in zip(values, reference, strict=True)]
         lines.append(f"{dtype}: L_IAS {changes[0]}, L_IPS {changes[1]}, {seconds[dtype]:.3g} s")
     return seconds["fp32"], seconds["bf16"], lines
 
 
-def in_turns(
-    functions: list[Callable[[], Any]], repeats: int, ours_times: int = 1
-) -> list[tuple[float, float]]:
-    """Return (fastest, median) seconds of each function, run in turns; the last more often."""
-    seconds: list[list[float]] = [[] for _ in functions]
+def in_turns(functions: list[Callable[[], Any]], repeats: int, ours_times: int = 1) -> list[float]:
+    """Return the fastest seconds of each function, run in turns; the last more often."""
+    fastest = [math.inf] * len(functions)
     for _ in range(repeats):
-        for function, values in zip(functions, seconds, strict=True):
-            for _ in range(ours_times if values is seconds[-1] else 1):
+        for number, function in enumerate(functions):
+            for _ in range(ours_times if number == len(functions) - 1 else 1):
                 started = time.perf_counter()
                 function()
-                values.append(time.perf_counter() - started)
-    return [(min(values), statistics.median(values)) for values in seconds]
+                fastest[number] = min(fastest[number], time.perf_counter() - started)
+    return fastest
 
 
 def peak_extra_bytes(function: Callable[[], Any]) -> float:
@@ -290,6 +248,11 @@ def peak_extra_bytes(function: Callable[[], Any]) -> float:
     reset.write_text("5")  # the peak begins anew
     function()
     return float(field("VmHWM:") - before)
+
+
+def threads() -> str:
+    """Return how many threads torch computes with."""
+    return f"{torch.get_num_threads()} threads"
 
 
 def unit(count: int) -> Tensor:

@@ -100,7 +100,8 @@ class Sums:
         """Return Σ log2(1 + 2^x), b×1, and 2^x / (1 + 2^x), b×C; overwrites x.
 
         log(1 + o) rounds o to 2^-24, up as often as down; it is ten times faster than log1p,
-        which is not vectorised on CPUs. Halves are multiplied first: half the logarithms.
+        which is not vectorised on CPUs. Two odds share a logarithm, as 1 + (a + b(1 + a)): in
+        (1 + a)(1 + b) the product of small odds would always be rounded away.
         """
         beyond: Tensor | float = 0.0
         if self.may_overflow:
@@ -112,8 +113,9 @@ class Sums:
             odds.mul_(counted)
         plus_one = odds + 1.0
         half = odds.shape[1] // 2
-        total = (plus_one[:, :half] * plus_one[:, half : 2 * half]).log2_().sum(1, keepdim=True)
-        total += plus_one[:, 2 * half :].log2().sum(1, keepdim=True)  # of an odd one out
+        pairs = torch.addcmul(odds[:, :half], odds[:, half : 2 * half], plus_one[:, :half])
+        total = pairs.add_(1.0).log2_().sum(dim=1, keepdim=True)
+        total += plus_one[:, 2 * half :].log2().sum(dim=1, keepdim=True)  # of an odd one out
         return total + beyond, odds.div_(plus_one)
 
     def nce(self) -> Pair:

@@ -133,7 +133,7 @@ class InstanceTerm(nn.Module):
         self.projection = seeded_linear(features, config.dim1, seed, 1)
         self.projection.requires_grad_(config.train_projection)
         self.bank = bank_of(config, images, config.dim1, config.m1, seed)
-        self._seen: tuple[Tensor, Tensor] | None = None
+        self.seen: tuple[Tensor, Tensor] | None = None
 
     def forward(self, features: Tensor, index: Tensor) -> Tensor:
         """Return L_IAS, the mean over B images, from features B×C and index B."""
@@ -143,16 +143,16 @@ class InstanceTerm(nn.Module):
 
     def loss(self, u: Tensor, index: Tensor) -> Tensor:
         """Return L_IAS of embeddings u, B×E."""
-        self._seen = (index, u.detach())
+        self.seen = (index, u.detach())
         own, sharded = self.bank.sample(index).to(u.dtype), self.bank.sharded
         tau1 = self.config.tau1
         return bank_loss.instance_loss(u, own, self.bank.rows, tau1, sharded=sharded).mean()
 
     def update(self) -> None:
         """Move the bank's rows towards the embeddings of the last forward pass. Collective."""
-        if self._seen is not None:
-            self.bank.update(*self._seen)
-        self._seen = None
+        if self.seen is not None:
+            self.bank.update(*self.seen)
+        self.seen = None
 
 
 class PreservationTerm(nn.Module):
@@ -188,7 +188,7 @@ class PreservationTerm(nn.Module):
         self._has_z: bool | None = False  # z_known, as the host knows it; None: it must read it
         self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "_has_z", None))
         self.drawer = Drawer(config, labels, seed)
-        self._seen: tuple[Tensor, Tensor, Tensor] | None = None
+        self.seen: tuple[Tensor, Tensor, Tensor] | None = None
 
     def train(self, mode: bool = True) -> "PreservationTerm":
         super().train(mode)
@@ -239,7 +239,7 @@ class PreservationTerm(nn.Module):
             self._fix_z(bank_loss.first_log_z(*problem, sharded=sharded))
         log_z = self.log_z if config.estimator == "nce" else None
         losses_v, losses_t = bank_loss.preservation_losses(*problem, log_z, sharded=sharded)
-        self._seen = (index, v.detach(), t.detach())
+        self.seen = (index, v.detach(), t.detach())
         return losses_v.mean() + losses_t.mean()
 
     def draw(self, labels: Tensor, step: int) -> Negatives:
@@ -250,11 +250,11 @@ class PreservationTerm(nn.Module):
 
     def update(self) -> None:
         """Move both banks after a step. Collective."""
-        if self._seen is not None:
-            index, v, t = self._seen
+        if self.seen is not None:
+            index, v, t = self.seen
             self.bank.update(index, v)
             self.frozen_bank.update(index, t)
-        self._seen = None
+        self.seen = None
 
     def frozen_features(self, images: Tensor) -> Tensor:
         """Return f̄, B×C, of the frozen network."""

@@ -149,6 +149,19 @@ def test_float32_loses_nothing_that_matters(batch: dict[str, Tensor], log_z: Ten
     torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+def test_rounding_does_not_add_up_over_many_small_odds() -> None:
+    """Of 20,000 negatives, each far less likely than the noise."""
+    torch.manual_seed(0)
+    embedding, rows = unit(64, 128).float(), unit(20_000, 128).float()
+    shift = torch.full((64,), 9.0)
+    sums = bank_loss.Sums(embedding, 0.1, shift)
+    for part in rows.split(4096):
+        sums.add(part)
+    similar = embedding.double() @ rows.double().T / 0.1
+    exact = F.softplus(similar - 9.0).sum(dim=1)
+    torch.testing.assert_close(sums.nce()[0].double().mean(), exact.mean(), rtol=3e-7, atol=0)
+
+
 def test_instance_loss_equals_the_materialised_one(batch: dict[str, Tensor]) -> None:
     u, rows, index = batch["v"], batch["bank_v"] * 1.3, batch["index"]
     quick = instance_loss(u, rows[index], rows, TAU)
