@@ -187,7 +187,7 @@ def test_the_stage_2_term_equals_the_released_code(
         num_negatives=int(g["num_negatives"]), bank_dtype="fp64",
     )  # fmt: skip
     network = nn.Linear(1, 1)
-    network.num_features = g["student_feat"].shape[1]  # type: ignore[assignment]
+    network.head_hidden_size = g["student_feat"].shape[1]  # type: ignore[assignment]
     term = PreservationTerm(network, torch.arange(images) % 5, config).double()
     load(term.projection, g["student_weight"], g["student_bias"])
     load(term.frozen_projection, g["bank_weight"], g["bank_bias"])

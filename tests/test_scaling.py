@@ -24,7 +24,7 @@ def test_memory_is_that_of_the_banks_and_classes(dtype: str) -> None:
     spare = 8 * torch.tensor([], dtype=DTYPES[dtype]).element_size()  # one row a bank
     instance = InstanceTerm(5, 300, config)
     stub: Any = nn.Linear(1, 1)
-    stub.num_features = 5
+    stub.head_hidden_size = 5
     preservation = PreservationTerm(stub, torch.arange(300) % 3, config)
     held = {
         name: buffer.nbytes
