@@ -1,4 +1,4 @@
-"""A suite from its config to its page: planned, run, reported."""
+"""A suite from its config to its page: plan, run, report."""
 
 import dataclasses
 import shlex
@@ -12,7 +12,7 @@ from suite.estimates import Clock, expected_disk
 from suite.local import Executor, LocalExecutor
 from suite.page import done_runs, suite_page, write_page
 from suite.plan import Plan, command, make_plan, select
-from suite.records import Records, State, verdicts
+from suite.records import Records, State, assessments
 from suite.runner import run_plan, say, shown
 from suite.schema import Suite, load_suite
 from suite.slurm import SlurmExecutor, check_slurm
@@ -85,14 +85,14 @@ def print_plan(plan: Plan, slots: int = 1) -> None:
     seeds = ", ".join(map(str, plan.suite.seeds))
     say(f"{plan.name}: {counts}; seeds {seeds}; in {shown(plan.root)}")
     waiting = []
-    for place, (job, verdict, source) in enumerate(verdicts(plan), 1):
-        why = f" ({verdict.reason})" if verdict.reason else ""
-        say(f"[{place}/{len(plan.jobs)}] {verdict.state.value:7}{job}{why}")
-        if verdict.state in (State.DONE, State.CHECK):
+    for place, (job, assessment, source) in enumerate(assessments(plan), 1):
+        why = f" ({assessment.reason})" if assessment.reason else ""
+        say(f"[{place}/{len(plan.jobs)}] {assessment.state.value:7}{job}{why}")
+        if assessment.state in (State.DONE, State.CHECK):
             continue
         waiting.append(job)
         given = source or job.weights or f"<{job.needs}>"
-        words = command(job, given, resume=verdict.state is State.RESUME)
+        words = command(job, given, resume=assessment.state is State.RESUME)
         say("        " + shlex.join([shown(word) for word in words]))
     records = Records(plan.root)
     time = Clock(plan, records).eta(waiting, slots)

@@ -19,16 +19,16 @@ class Clock:
         self.alike: dict[str, list[float]] = {}
         for job in plan.jobs:
             record = records.read(job)
-            if record is not None and record.state == "done":
+            if record is not None and record.state == "done" and record.seconds:
                 self.note(job, record.seconds)
 
     def note(self, job: Job, seconds: float) -> None:
-        """Learn how long a job has taken."""
+        """Record how long a job took."""
         self.seconds[job.name] = seconds
         self.alike.setdefault(job.alike, []).append(seconds)
 
     def expect(self, job: Job) -> float | None:
-        """Return the expected seconds of a job, None where nothing is known of its like."""
+        """Return the expected seconds of a job, None if unknown."""
         if job.name in self.seconds:
             return self.seconds[job.name]
         alike = self.alike.get(job.alike)
@@ -39,7 +39,7 @@ class Clock:
     def eta(
         self, jobs: Sequence[Job], slots: int = 1, passed: Mapping[str, float] | None = None
     ) -> str:
-        """Return the expected time until jobs are done; "≥" where some of them are unknown.
+        """Return the expected time until jobs are done; "≥" if some of them are unknown.
 
         Args:
             jobs: in the order in which they start, each after what it needs.
@@ -62,7 +62,7 @@ class Clock:
 
 
 def expected_disk(plan: Plan, jobs: Sequence[Job], records: Records) -> str:
-    """Return the gigabytes that jobs will write beside what is free; "≥" where some are unknown."""
+    """Return the gigabytes that jobs will write, and what is free; "≥" if some are unknown."""
     measured: dict[str, list[int]] = {}
     for job in plan.jobs:
         record = records.read(job)

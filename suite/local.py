@@ -1,7 +1,7 @@
-"""The jobs of a suite as processes of this machine, and what the runner asks of any executor.
+"""Jobs as processes of this machine, and the interface of an executor.
 
 A job writes to its own log, which the runner follows; it runs in a session of its own and holds a
-lock from its first moment to its last. So it survives its runner, and the next one finds it.
+lock from its start to its end. So it survives its runner, and the next one finds it.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from core.signals import leave_lost_terminal
 
 SAVE_SECONDS = 60.0  # after SIGTERM, for jobs to save
 KILL_SECONDS = 10.0  # between the next signals
+ERROR = re.compile(r"^([\w.]*(error|Error|Exception|Interrupt)\b[^:]*): .")
 WAIT_SECONDS = 0.2  # between two looks at the jobs
 
 
@@ -47,7 +48,7 @@ class End:
 
     status: int | None  # exit status, negative for a signal; None: unknown
     seconds: float  # that it ran
-    why: str = ""  # in words, where a status does not say it
+    why: str = ""  # in words, if the status does not say it
 
 
 class Attempt(Protocol):
@@ -74,7 +75,7 @@ class Executor(Protocol):
         """Let a moment pass; show the output of the tasks where it goes to the terminal."""
 
     def stop(self, hurries: Callable[[], int]) -> str:
-        """Let all tasks save and end, or leave them; return what the user is to know.
+        """Let all tasks save and end, or leave them; return a sentence for the user, or "".
 
         Args:
             hurries: counts the user's further requests; each one shortens the wait.
@@ -121,7 +122,8 @@ class LocalExecutor:
                 start_new_session=True, pass_fds=[lock],
             )  # fmt: skip
             os.ftruncate(lock, 0)
-            os.pwrite(lock, f"process {process.pid} on {socket.gethostname()}".encode(), 0)
+            holder = f"process {process.pid} on {socket.gethostname()}\n{','.join(taken)}"
+            os.pwrite(lock, holder.encode(), 0)
         return self._keep(_Process(task, process.pid, taken, shown, process))
 
     def again(self, task: Task, ticket: str) -> "_Process | None":
@@ -138,12 +140,12 @@ class LocalExecutor:
                 raise InputError(f"{ticket} runs it: take --executor slurm, or end that job")
         if not is_held(task.lock):
             return None
-        found = re.fullmatch(r"process (\d+) on (.+)", task.lock.read_text())
+        holder, _, devices = task.lock.read_text().partition("\n")
+        found = re.fullmatch(r"process (\d+) on (.+)", holder)
         pid = int(found[1]) if found and found[2] == socket.gethostname() else 0
-        pid = pid if _is_of(pid, task) else 0
-        devices = _environment_of(pid).get("CUDA_VISIBLE_DEVICES", "").split(",")
+        taken = devices.split(",") if devices else []
         shown = task.log.stat().st_size if self.slots == 1 else None
-        return self._keep(_Process(task, pid, [d for d in devices if d], shown))
+        return self._keep(_Process(task, pid if _runs(pid, task) else 0, taken, shown))
 
     def wait(self) -> None:
         """Let a fifth of a second pass, and show the new lines of the logs."""
@@ -153,7 +155,7 @@ class LocalExecutor:
 
     def stop(self, hurries: Callable[[], int]) -> str:
         """Let all tasks save and end; after too long a wait, or when the user hurries, end them."""
-        steps = [  # a task's own children are its own to end, unless it does not come to that
+        steps = [  # a task ends its own processes, unless it does not get to it
             (os.kill, signal.SIGTERM, SAVE_SECONDS),
             (os.killpg, signal.SIGTERM, KILL_SECONDS),
             (os.killpg, signal.SIGKILL, KILL_SECONDS),
@@ -203,7 +205,7 @@ class _Process:
         child: "subprocess.Popen[bytes] | None" = None,
     ) -> None:
         self.task, self.pid, self.devices, self.shown, self.child = task, pid, devices, shown, child
-        self.ticket = task.lock.read_text() or "a process"
+        self.ticket = holder_of(task.lock)
 
     def ended(self) -> End | None:
         """Return how it has ended, None while it runs; the status is that of a child only."""
@@ -234,8 +236,13 @@ def is_held(lock: Path) -> bool:
     return False
 
 
+def holder_of(lock: Path) -> str:
+    """Return ``process PID on HOST`` of the process that has locked a file."""
+    return lock.read_text().partition("\n")[0] or "a process"
+
+
 def write_out(data: bytes) -> None:
-    """Write to stdout; a terminal that has closed takes nothing, and ends nothing.
+    """Write to stdout; no effect if it is a terminal that has closed.
 
     Raises:
         BrokenPipeError: the reader of a pipe has ended.
@@ -250,16 +257,15 @@ def write_out(data: bytes) -> None:
         leave_lost_terminal()
 
 
-def _environment_of(pid: int) -> dict[str, str]:
-    with contextlib.suppress(OSError):
-        words = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
-        return dict(word.partition("=")[::2] for word in words)
-    return {}
+def last_error(text: str) -> str:
+    """Return the last line of a program's output that names an error, else its last line."""
+    lines = [line.strip() for line in text.splitlines() if any(map(str.isalnum, line))]
+    errors = [line for line in lines if ERROR.match(line)]
+    return (errors or lines or [""])[-1].removeprefix("error: ")[:300]
 
 
-def _is_of(pid: int, task: Task) -> bool:
-    """Whether a process of this machine runs a task: the number may be another's by now."""
+def _runs(pid: int, task: Task) -> bool:
+    """Whether a process of this machine runs a task: its number may be another's by now."""
     with contextlib.suppress(OSError):
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        return str(task.output).encode() in words
+        return str(task.output).encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     return False

@@ -13,7 +13,7 @@ from report.intervals import read_intervals
 from report.runs import Run, find_runs, read_run
 from report.timeline import is_timeline
 from suite.plan import SUITE_FILE, Plan, make_plan
-from suite.records import State, verdicts
+from suite.records import State, assessments
 from suite.schema import Suite, table_options
 
 
@@ -85,7 +85,7 @@ def done_runs(plan: Plan) -> list[Run]:
     Runs whose recipe or weights are no longer those of the plan are left out.
     """
     counts = (State.DONE, State.CHECK)
-    done = [job for job, verdict, _ in verdicts(plan) if verdict.state in counts]
+    done = [job for job, assessment, _ in assessments(plan) if assessment.state in counts]
     jobs = [job for job in done if job.kind == "pretrain"] + [job for job in done if job.protocol]
     return [read_run(job.output) for job in jobs]
 

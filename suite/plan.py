@@ -21,21 +21,10 @@ CONVERT_MINUTES, CONVERT_GIGABYTES = 0.2, 0.1  # of a ResNet-50
 EXPECTED_ON_GPUS = 8  # SUITE.EXPECTED_HOURS of a detection config is the time on so many GPUs
 LIBRARIES = ("timm:", "torchvision:")  # weights that the tools find by a library's name for them
 SUITE_FILE = "suite.yaml"  # the resolved suite, in its folder
-
-
-@dataclasses.dataclass(frozen=True)
-class Tool:
-    """What is known of a tool."""
-
-    ranks: str = ""  # how it gets several processes: "launcher", "own" options, "" not at all
-    resumes: bool = False  # whether it has --output and --resume
-    rehearses: bool = False  # whether --dry-run checks its command line in seconds
-
-
-TOOLS = {  # others run as one process, from the beginning
-    "run_pretrain.py": Tool("launcher", resumes=True, rehearses=True),
-    "run_transfer.py": Tool("launcher", resumes=True),
-    "train_net.py": Tool("own", resumes=True),
+RANKS = {  # how the tools that have --resume get several processes; others run as one
+    "run_pretrain.py": "launcher",
+    "run_transfer.py": "launcher",
+    "train_net.py": "own options",
 }
 KINDS = {
     "pretrain": "run_pretrain.py",
@@ -189,8 +178,8 @@ def launch(words: Sequence[str], gpus: int, place: Place = ALONE) -> list[str]:
         InputError: a tool that runs as one process is to run on several GPUs or machines.
     """
     tool, *arguments = words
-    ranks, processes = TOOLS.get(Path(tool).name, Tool()).ranks, max(gpus, 1)
-    if processes * place.nodes == 1 and ranks != "own":
+    ranks, processes = RANKS.get(Path(tool).name, ""), max(gpus, 1)
+    if processes * place.nodes == 1 and ranks != "own options":
         return [sys.executable, *words]
     if ranks == "launcher":
         launcher = [sys.executable, str(ROOT / "tools/launch.py"), f"--processes={processes}"]
@@ -198,7 +187,7 @@ def launch(words: Sequence[str], gpus: int, place: Place = ALONE) -> list[str]:
         if place.nodes > 1:
             launcher += ["--node", str(place.node), "--host", place.host, "--port", str(place.port)]
         return [*launcher, *words]
-    if ranks == "own":
+    if ranks == "own options":
         options = ["--num-gpus", str(gpus)] if gpus else []
         if place.nodes > 1:
             options += ["--num-machines", str(place.nodes), "--machine-rank", str(place.node)]

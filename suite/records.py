@@ -1,9 +1,9 @@
-"""What is done: one record for each job, and the rule that decides what is to be done about it.
+"""Which jobs are done: a record for each job, and the rule that decides what it needs.
 
 A job is done when its product is complete: result rows measured on today's input weights, or the
 checkpoint that they say was trained to its end. It counts while its recipe, input weights and data
 are those of its record. Where only keys differ that no number depends on, where data files have
-another time, or where the record is damaged, the tool compares identities (``suite.run``).
+another time, or where the record is damaged, the tool gives today's identity (``suite.runner``).
 """
 
 import contextlib
@@ -33,18 +33,18 @@ IMAGES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".webp", ".tif", ".tiff")
 
 
 class State(enum.Enum):
-    """What is to be done about a job."""
+    """What a job needs."""
 
     DONE = "done"  # nothing
-    CHECK = "check"  # nothing, if the tool says that the identity of its rows is still the same
-    RESUME = "resume"  # continue an interrupted run
-    RUN = "run"  # from the beginning
-    RERUN = "rerun"  # from the beginning: what is there was made from something else
+    CHECK = "check"  # nothing, if the tool would still give its rows their identity
+    RESUME = "resume"  # to be resumed
+    RUN = "run"  # a run from the beginning
+    RERUN = "rerun"  # a run from the beginning: its output was made from something else
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
-    """A state and its reason in words."""
+class Assessment:
+    """A state and the reason for it."""
 
     state: State
     reason: str = ""
@@ -122,63 +122,62 @@ def file_name(job: Job) -> str:
     return job.name.replace("/", "--")
 
 
-def verdicts(plan: Plan) -> Iterator[tuple[Job, Verdict, Path | None]]:
-    """Yield every job with what is to be done about it and its input; nothing is run."""
+def assessments(plan: Plan) -> Iterator[tuple[Job, Assessment, Path | None]]:
+    """Yield every job with what it needs and its input; nothing is run."""
     records = Records(plan.root)
     done: set[str] = set()
     for job in plan.jobs:
         waits = bool(job.needs) and job.needs not in done
         source = None if waits else source_of(plan, job, records)
-        verdict = judge(job, records, source)
-        if waits and verdict.state is not State.RERUN:
-            verdict = Verdict(State.RUN)
-        if verdict.state in (State.DONE, State.CHECK):
+        assessment = assess(job, records, source)
+        if waits and assessment.state is not State.RERUN:
+            assessment = Assessment(State.RUN)
+        if assessment.state in (State.DONE, State.CHECK):
             done.add(job.name)
-        yield job, verdict, source
+        yield job, assessment, source
 
 
-def judge(job: Job, records: Records, source: Path | None) -> Verdict:
-    """Return what is to be done about a job.
+def assess(job: Job, records: Records, source: Path | None) -> Assessment:
+    """Return what a job needs.
 
     Args:
         source: its input file; None if it needs none, or if that is still to be made.
     """
     record = records.read(job)
     if record is None and not records.is_damaged(job):
-        foreign = "what is there was not made by this suite"
-        return Verdict(State.RERUN, foreign) if is_occupied(job.output) else Verdict(State.RUN)
+        if is_occupied(job.output):
+            return Assessment(State.RERUN, "its output was not made by this suite")
+        return Assessment(State.RUN)
     if job.needs and source is None:
-        return Verdict(State.RERUN, f"{job.needs} is to be made first")
+        return Assessment(State.RERUN, f"{job.needs} is to be made first")
     weights = sha256_of_file(source) if source else ""
     made = made_by(job, weights, record)
     if record is None:
         reason = "its record is damaged"
         if made and job.kind != "convert":
-            return Verdict(State.CHECK, reason)
+            return Assessment(State.CHECK, reason)
         resumes = job.kind != "convert" and resumable(job.output)
-        return Verdict(State.RESUME if resumes else State.RUN, reason)
+        return Assessment(State.RESUME if resumes else State.RUN, reason)
     changes = differences(record.recipe, job.recipe)
     decisive = [key for key in changes if not is_neutral(key)]
     if decisive:
-        said = "; ".join([changes[key] for key in decisive[:4]])
-        more = f"; and {len(decisive) - 4} more" if len(decisive) > 4 else ""
-        return Verdict(State.RERUN, f"the recipe has changed: {said}{more}")
+        return Assessment(State.RERUN, f"the recipe has changed: {_first(decisive, changes)}")
     if weights != record.source:
-        return Verdict(State.RERUN, "its input weights have changed")
+        return Assessment(State.RERUN, "its input weights have changed")
     lost = [key for key, value in record.made.items() if made.get(key) != value]
     if lost:
         what = "its result rows are" if job.protocol else f"{lost[0]} is"
-        return Verdict(State.RUN, f"{what} gone or changed")
+        return Assessment(State.RUN, f"{what} gone or changed")
     if made and changes:
-        return Verdict(State.CHECK, "; ".join(list(changes.values())[:4]))
+        return Assessment(State.CHECK, _first(list(changes), changes))
     if made and records.data_has_changed(record):
-        return Verdict(State.CHECK, "files of its data have changed or moved")
+        return Assessment(State.CHECK, "files of its data have changed or moved")
     if made:
-        return Verdict(State.DONE)
+        return Assessment(State.DONE)
     how = "it was interrupted" if record.state == "started" else "it failed"
     if job.kind != "convert" and resumable(job.output):
-        return Verdict(State.RESUME, how)
-    return Verdict(State.RUN, "" if record.state == "started" else how)
+        return Assessment(State.RESUME, how)
+    return Assessment(State.RUN, "" if record.state == "started" else how)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
@@ -192,6 +191,12 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def _first(keys: list[str], changes: dict[str, str]) -> str:
+    """Return the sentences of the first four keys, and how many more there are."""
+    more = [f"and {len(keys) - 4} more"] if len(keys) > 4 else []
+    return "; ".join([*(changes[key] for key in keys[:4]), *more])
+
+
 def made_by(job: Job, weights: str, record: Record | None = None) -> dict[str, str]:
     """Return a job's complete product, {} if there is none: what it made, and the hashes of it.
 
@@ -201,9 +206,9 @@ def made_by(job: Job, weights: str, record: Record | None = None) -> dict[str, s
     """
     if job.protocol:
         return {
-            f"{row.dataset}/{row.split} {row.metric} {row.selection}":
+            f"{row.protocol} {row.dataset}/{row.split} {row.metric} {row.selection}":
             f"{row.config} {row.data} {row.version} {row.weights}"
-            for row in rows_of(job) if weights in ("", row.weights)
+            for row in rows_of(job, weights)
         }  # fmt: skip
     product = product_of(job, record)
     if product is None:
@@ -252,11 +257,12 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
-def rows_of(job: Job) -> Sequence[ResultRow]:
-    """Return the result rows that a job has written."""
+def rows_of(job: Job, weights: str = "") -> Sequence[ResultRow]:
+    """Return the result rows that a job has written (on weights of a sha256)."""
     with contextlib.suppress(InputError):
         rows = read_rows(job.output / ROWS_FILE)
-        return [r for r in rows if (r.step, r.init, r.seed) == (job.kind, job.init, job.seed)]
+        own = [r for r in rows if (r.step, r.init, r.seed) == (job.kind, job.init, job.seed)]
+        return [row for row in own if weights in ("", row.weights)]
     return []
 
 

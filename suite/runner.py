@@ -1,16 +1,16 @@
-"""Runs a plan: what is missing as commands, what is done is skipped.
+"""Runs the jobs of a plan that are not done, as commands.
 
-A job starts when what it needs is done and its executor has room. A failed job does not stop the
-others, an interrupted one is resumed by the next call. Only records and logs are written here:
-everything else is what the tools write.
+A job starts when the job that it needs is done and the executor has room. A failed job does not
+stop the others; the next call resumes an interrupted one. The runner writes records and logs only,
+the tools write everything else.
 """
 
 import contextlib
 import dataclasses
-import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,15 +23,25 @@ from core.identity import announced
 from core.progress import format_seconds
 from core.signals import StopRequests
 from suite.estimates import Clock
-from suite.local import Attempt, End, Executor, LocalExecutor, Task, is_held, write_out
+from suite.local import (
+    Attempt,
+    End,
+    Executor,
+    LocalExecutor,
+    Task,
+    holder_of,
+    is_held,
+    last_error,
+    write_out,
+)
 from suite.plan import SUITE_FILE, Job, Plan, check_weights, command
 from suite.records import (
+    Assessment,
     Record,
     Records,
     State,
-    Verdict,
+    assess,
     file_name,
-    judge,
     made_by,
     make_room,
     rows_of,
@@ -39,7 +49,6 @@ from suite.records import (
     source_of,
 )
 
-ERROR = re.compile(r"^([\w.]*(error|Error|Exception|Interrupt)\b[^:]*): .")
 OTHER = {"config": "another recipe", "data": "other data", "version": "another version"}
 LAST_BYTES = 20_000  # of a log, among which the reason of a failure is looked for
 
@@ -48,15 +57,8 @@ LAST_BYTES = 20_000  # of a log, among which the reason of a failure is looked f
 class Outcome:
     """How the jobs of a plan ended, by name."""
 
-    done: list[str] = dataclasses.field(default_factory=list)
-    failed: dict[str, str] = dataclasses.field(default_factory=dict)  # job → why, and its log
-    blocked: dict[str, str] = dataclasses.field(default_factory=dict)  # job → what failed before it
-
-    @property
-    def remarks(self) -> list[str]:
-        """Return a sentence for each job that failed or was not run."""
-        failed = [f"{job} has failed: {why}" for job, why in self.failed.items()]
-        return failed + [f"{job} was not run: {why}" for job, why in self.blocked.items()]
+    done: set[str] = dataclasses.field(default_factory=set)
+    remarks: list[str] = dataclasses.field(default_factory=list)  # on those that failed or wait
 
 
 def run_plan(plan: Plan, tools: Path = ROOT / "tools", executor: Executor | None = None) -> Outcome:
@@ -77,7 +79,7 @@ def run_plan(plan: Plan, tools: Path = ROOT / "tools", executor: Executor | None
         for file in sorted((plan.root / "jobs").glob("*.lock")):
             if file.stem not in names and is_held(file):
                 raise InputError(
-                    f"{file.stem} still runs ({file.read_text()}), left by an earlier call and not "
+                    f"{file.stem} still runs ({holder_of(file)}), left by an earlier call and not "
                     "among these cells: include it, wait for it, or end it"
                 )
         save_config(plan.suite, plan.root / SUITE_FILE)
@@ -131,14 +133,14 @@ class _Runner:
                 say(note) if note else None
             if requests.requested:
                 name = requests.requested.name
-                raise Stopped(f"stopped by {name}; the same command goes on from here")
+                raise Stopped(f"stopped by {name}; the same command resumes from here")
             if interrupts:
-                say("stopped; the same command goes on from here")
+                say("stopped; the same command resumes from here")
                 raise KeyboardInterrupt
         return self.outcome
 
     def _take_up(self) -> None:
-        """Find the jobs that an earlier call has left running."""
+        """Find the jobs that an earlier call left running."""
         for job in self.plan.jobs:
             record = self.records.read(job)
             ticket = record.ticket if record and record.state == "started" else ""
@@ -149,9 +151,9 @@ class _Runner:
                 continue
             if attempt is None:
                 continue
-            verdict = judge(job, self.records, source_of(self.plan, job, self.records))
-            if verdict.state is State.RERUN:
-                self._fail(job, f"{attempt.ticket} runs it, but {verdict.reason}: end that")
+            assessment = assess(job, self.records, source_of(self.plan, job, self.records))
+            if assessment.state is State.RERUN:
+                self._fail(job, f"{attempt.ticket} runs it, but {assessment.reason}: end that")
                 continue
             self.waiting.remove(job)
             self.running[job.name] = _Running(job, attempt, record, time.monotonic())
@@ -166,8 +168,8 @@ class _Runner:
                 continue
             if job.needs and job.needs not in self.outcome.done:
                 self.waiting.remove(job)
-                self.outcome.blocked[job.name] = f"{job.needs} has failed"
-                say(f"{self._head(job)}: not run, for {job.needs} has failed")
+                self.outcome.remarks.append(f"{job.name} was not run: {job.needs} has failed")
+                say(f"{self._head(job)}: not run, {job.needs} has failed")
                 continue
             try:
                 self._start(job)
@@ -177,36 +179,34 @@ class _Runner:
     def _start(self, job: Job) -> None:
         """Start a job, unless it is done."""
         source = source_of(self.plan, job, self.records)
-        verdict = judge(job, self.records, source)
-        if verdict.state is State.CHECK:
-            verdict = self._checked(job, source, verdict.reason)
+        assessment = assess(job, self.records, source)
+        if assessment.state is State.CHECK:
+            assessment = self._checked(job, source, assessment.reason)
         record = self.records.read(job)
-        if verdict.state is State.DONE:
+        if assessment.state is State.DONE:
             if record is not None and record.state != "done":
                 self._complete(job, record)
             self.waiting.remove(job)
-            self.outcome.done.append(job.name)
+            self.outcome.done.add(job.name)
             say(f"{self._head(job)}: done already")
             return
         if job.output.is_dir():
             check_not_locked(job.output)
-        resume = verdict.state is State.RESUME
+        resume = assessment.state is State.RESUME
         alone = self.executor.slots == 1
         if alone:
             say(f"{self._head(job)}: {self._times(job)}")
-        if verdict.reason:
+        if assessment.reason:
             how = "resuming it" if resume else "running it from the beginning"
-            say(f"  {job.name}: {verdict.reason}: {how}")
+            say(f"  {job.name}: {assessment.reason}: {how}")
         known = record is not None or self.records.is_damaged(job)
         kept = None if resume else make_room(job.output, ours=known)
         if kept is not None:
             say(f"  what was there is kept as {shown(kept)}")
         job.output.parent.mkdir(parents=True, exist_ok=True)
         words = command(job, source or job.weights, resume, tools=self.tools)
-        new = Record(
-            job.name, "started", job.recipe, sha256_of_file(source) if source else "", words
-        )
-        new.began = time.time()
+        weights = sha256_of_file(source) if source else ""
+        new = Record(job.name, "started", job.recipe, weights, words, began=time.time())
         if resume and record is not None:
             new.seconds, new.began = record.seconds, record.began
         self.records.write(job, new)
@@ -222,38 +222,36 @@ class _Runner:
             log = shown(self._log(job))
             say(f"{self._head(job)}: started as {attempt.ticket}, {self._times()}; log: {log}")
 
-    def _checked(self, job: Job, source: Path | None, reason: str) -> Verdict:
-        """Return whether a job's rows have the identity that the tool would give them today."""
-        began, rows = time.time(), rows_of(job)
-        if rows:  # random weights have none, and nothing but their recipe to depend on
+    def _checked(self, job: Job, source: Path | None, reason: str) -> Assessment:
+        """Return DONE if a job's rows have the identity that the tool would give them today."""
+        weights = sha256_of_file(source) if source else ""
+        began, rows = time.time(), rows_of(job, weights if job.protocol else "")
+        if rows:  # random weights have none: they depend on their recipe alone
             today = self._identity(job, source)
             there = {key: sorted({getattr(row, key) for row in rows}) for key in today}
             other = [OTHER[key] for key, values in there.items() if values != today[key]]
             if other:
-                return Verdict(State.RERUN, f"{reason}; its rows are of {' and '.join(other)}")
+                return Assessment(State.RERUN, f"{reason}; its rows are of {' and '.join(other)}")
         record = self.records.read(job) or Record(job.name, "done", {}, "", [])
-        record.recipe, record.began = job.recipe, began
-        record.source = sha256_of_file(source) if source else ""
+        record.recipe, record.source, record.began = job.recipe, weights, began
         self._complete(job, record)
-        return Verdict(State.DONE)
+        return Assessment(State.DONE)
 
     def _identity(self, job: Job, source: Path | None) -> dict[str, Any]:
-        """Ask a tool for the identity of the rows that it would write; the input plays no part."""
+        """Return the identity of the rows that a job's tool would write; no input changes it."""
         key = (job.protocol or job.name, job.seed)
         if key not in self.identities:
             words = command(job, source or job.weights, rehearse=True, tools=self.tools)
             answer = subprocess.run(words, capture_output=True, text=True, start_new_session=True)
             found = announced(answer.stdout)
             if answer.returncode or found is None:
-                why = (
-                    last_error(answer.stderr) or f"{Path(words[1]).name} --dry-run says no identity"
-                )
+                why = last_error(answer.stderr) or "--dry-run gives no identity"
                 raise InputError(f"its rows cannot be checked: {why}")
             self.identities[key] = {name: sorted(set(values)) for name, values in found.items()}
         return self.identities[key]
 
     def _complete(self, job: Job, record: Record) -> str:
-        """Record that a job is done; return what is missing for that, or ""."""
+        """Record that a job is done; return what it lacks for that, or ""."""
         record.state = "done"
         record.made = made_by(job, record.source, record)
         if not record.made:
@@ -277,7 +275,7 @@ class _Runner:
             record.seconds += end.seconds
             record.status = end.status
             self.records.write(job, record)
-        if record is None or end.status is None:  # nobody saw how it ended: what is there decides
+        if record is None or end.status is None:  # how it ended is not known
             self.waiting.insert(0, job)
             return
         problem = ""
@@ -287,7 +285,7 @@ class _Runner:
             say(f"{self._head(job)}: interrupted")  # the record stays "started"
             return
         elif end.status == STOPPED_STATUS:
-            problem = "a signal has stopped it, all is saved: the same command goes on"
+            problem = "stopped by a signal, with everything saved: the same command resumes it"
         else:
             problem = end.why or self._reason(job, end.status)
             record.state = "failed"
@@ -295,7 +293,7 @@ class _Runner:
         if problem:
             self._fail(job, f"{problem}; log: {shown(self._log(job))}")
             return
-        self.outcome.done.append(job.name)
+        self.outcome.done.add(job.name)
         self.clock.note(job, record.seconds)
         if self.executor.slots > 1:
             took = format_seconds(record.seconds)
@@ -303,7 +301,8 @@ class _Runner:
 
     def _reason(self, job: Job, status: int) -> str:
         """Return why a job has failed: its status, and the error that its log ends with."""
-        with self._log(job).open("rb") as log:
+        text = ""
+        with contextlib.suppress(OSError), self._log(job).open("rb") as log:
             log.seek(max(log.seek(0, 2) - LAST_BYTES, 0))
             text = "\n" + log.read().decode(errors="replace")
         said = last_error(text.rpartition("\n$ ")[2].partition("\n")[2])  # after its command
@@ -313,7 +312,7 @@ class _Runner:
     def _fail(self, job: Job, problem: str) -> None:
         if job in self.waiting:
             self.waiting.remove(job)
-        self.outcome.failed[job.name] = problem
+        self.outcome.remarks.append(f"{job.name} has failed: {problem}")
         say(f"{self._head(job)}: FAILED, {problem}")
 
     def _head(self, job: Job) -> str:
@@ -342,24 +341,18 @@ class _Runner:
 
 @contextlib.contextmanager
 def counted_interrupts() -> Iterator[list[int]]:
-    """Within the block Ctrl-C only adds to the list."""
+    """Within the block Ctrl-C only adds to the list; if it is ignored, it stays ignored."""
     seen: list[int] = []
-    try:
-        before = signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
-    except ValueError:  # not in the main thread
+    before = signal.getsignal(signal.SIGINT)
+    main = threading.current_thread() is threading.main_thread()
+    if before is signal.SIG_IGN or not main:
         yield seen
         return
+    signal.signal(signal.SIGINT, lambda number, frame: seen.append(number))
     try:
         yield seen
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def last_error(text: str) -> str:
-    """Return the last line that names an error, else the last line with words, of a program."""
-    lines = [line.strip() for line in text.splitlines() if any(map(str.isalnum, line))]
-    errors = [line for line in lines if ERROR.match(line)]
-    return (errors or lines or [""])[-1].removeprefix("error: ")[:300]
 
 
 def say(line: str) -> None:

@@ -1,4 +1,4 @@
-"""A suite as its YAML says it: initialisations, protocols, seeds; read, checked, typed."""
+"""The YAML of a suite: its schema, and how it is read and checked."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,43 +11,33 @@ from report.tables import Options
 
 METHODS = ("random", "ce", "ctc")
 STEPS = ("detection", "transfer")
-RESERVED = (
-    "pretrain",
-    "convert",
-    "detection",
-    "transfer",
-    "weights",
-    "jobs",
-    "logs",
-    "figures",
-    "slurm",
-)  # folders
+RESERVED = (  # folders beside those of protocols
+    "pretrain", "convert", "detection", "transfer", "weights", "jobs", "logs", "figures", "slurm",
+)  # fmt: skip
 
 
-@dataclasses.dataclass  # not frozen, for OmegaConf cannot fill a dict with what it may not change
+@dataclasses.dataclass  # not frozen: OmegaConf fills it inside a dict
 class Initialisation:
     """Where the weights come from: a pretraining of this suite, or a checkpoint that exists."""
 
     config: str = ""  # pretraining config
     method: str = ""  # with it: one of METHODS
-    overrides: dict[str, Any] = dataclasses.field(
-        default_factory=dict
-    )  # dotted keys of that config
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # keys of that config
     weights: str = ""  # instead: a checkpoint of any format the converter knows
-    format: str = ""  # its format, where the converter asks for it
+    format: str = ""  # its format, if the converter asks for it
     arguments: list[str] = dataclasses.field(default_factory=list)  # more for run_pretrain.py
     minutes: float = 0.0  # expected, for the first ETA; 0: unknown
     gigabytes: float = 0.0  # that its run writes, for --dry-run; 0: unknown
-    label: str = ""  # in the tables; empty: the name
+    label: str = ""  # in the tables; "": the name
 
 
 @dataclasses.dataclass  # not frozen, as above
 class Protocol:
-    """What is done with the weights."""
+    """How weights are evaluated."""
 
     config: str = ""  # detection or transfer config
-    step: str = ""  # "detection" or "transfer"; empty: the config's folder says it
-    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # its KEY VALUE
+    step: str = ""  # "detection" or "transfer"; "": by the config's folder
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)  # keys of its config
     arguments: list[str] = dataclasses.field(default_factory=list)  # more for the tool
     minutes: float = 0.0  # expected, for the first ETA; 0: what the config says, or unknown
     gigabytes: float = 0.0  # that one run writes, for --dry-run; 0: unknown
@@ -66,21 +56,21 @@ class Transfers:
 
 @dataclasses.dataclass(frozen=True)
 class Slurm:
-    """What a SLURM job asks for; GPUs apart, which the suite or the command line says."""
+    """Options of a SLURM job; the suite or the command line sets its GPUs."""
 
-    partition: str = ""  # empty: the cluster's default
+    partition: str = ""  # "": the cluster's default
     account: str = ""
-    hours: float = 24.0  # then the job saves, is queued again and goes on
+    hours: float = 24.0  # then the job saves, is queued again and resumes
     cpus_per_gpu: int = 8  # also what a job without a GPU gets
     memory_gb: float = 0.0  # per machine; 0: the partition's default
     save_seconds: int = 120  # from the signal to save until SLURM ends the job
-    requeues: int = 20  # after so many time-outs the job is not queued again
+    requeues: int = 20  # time-outs after which the job is not queued again
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)  # more of sbatch's options
 
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """One table: which initialisations, under which protocols, with which seeds."""
+    """Initialisations × protocols × seeds, and how they are shown."""
 
     title: str = ""
     description: str = ""
@@ -90,8 +80,8 @@ class Suite:
     seeds: list[int] = dataclasses.field(default_factory=lambda: [1])
     gpus: int = 0  # per job; 0: one process on what the tools choose
     baseline: str = "ce"  # every Δ refers to it
-    columns: list[str] = dataclasses.field(default_factory=list)  # empty: Table 5's
-    references: list[str] = dataclasses.field(default_factory=list)  # published tables; empty: any
+    columns: list[str] = dataclasses.field(default_factory=list)  # []: Table 5's
+    references: list[str] = dataclasses.field(default_factory=list)  # published tables; []: any
     images: int = 6  # validation images in the page
     score: float = 0.5  # predictions below it are not drawn
     slurm: Slurm = dataclasses.field(default_factory=Slurm)  # for --executor slurm
@@ -101,8 +91,7 @@ def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
     """Read and check a suite.
 
     Raises:
-        InputError: unknown key, wrong type, nothing to run, a baseline, name or seed that makes no
-            sense.
+        InputError: unknown key, wrong type, nothing to run, or an invalid baseline, name or seed.
     """
     suite = load_config(Suite, path, overrides, folder="suites")
     where = str(path)
@@ -119,11 +108,13 @@ def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
         raise InputError(f"{where}: seeds {suite.seeds} must be different and not negative")
     if suite.baseline not in suite.initialisations:
         hint = nearest(suite.baseline, list(suite.initialisations))
-        raise InputError(f"{where}: baseline {suite.baseline!r} is no initialisation of it{hint}")
+        raise InputError(
+            f"{where}: baseline {suite.baseline!r} is not one of its initialisations{hint}"
+        )
     for name in suite.references:
         if name not in load_reference().tables:
             hint = nearest(name, list(load_reference().tables))
-            raise InputError(f"{where}: references {name!r} is no published table{hint}")
+            raise InputError(f"{where}: references {name!r} is not a published table{hint}")
     for kind, names in (("initialisation", suite.initialisations), ("protocol", suite.protocols)):
         for name in names:
             if not _names_folder(name):
@@ -143,7 +134,7 @@ def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
 
 
 def step_of(protocol: Protocol) -> str:
-    """Return "detection" or "transfer": as declared, else by the folder of the config."""
+    """Return "detection" or "transfer": as declared, else by the config's folder."""
     return protocol.step or next((s for s in STEPS if s in Path(protocol.config).parts[:-1]), "")
 
 
@@ -173,7 +164,7 @@ def _changed(pair: Protocol, protocol: Protocol) -> Protocol:
 
 
 def table_options(suite: Suite) -> Options:
-    """Return how the suite's tables are to look."""
+    """Return the options of the suite's tables."""
     return Options(
         baseline=suite.baseline,
         order=tuple(suite.initialisations),

@@ -1,9 +1,9 @@
-"""Tools as SLURM jobs, through submitit: saved and queued again when their time is over.
+"""Tools as SLURM jobs, through submitit: saved, queued again and resumed when their time is over.
 
 SLURM warns a job ``save_seconds`` before it ends it, by time or (``PreemptParameters=
-send_user_signal``) by preemption. The tool then gets SIGTERM, saves at the end of its step and
-ends; the job is queued again and goes on with ``--resume``. After a node failure SLURM itself
-queues the job again, and it goes on from what was saved last.
+send_user_signal``) by preemption. The tool then gets SIGTERM and saves; the job is queued again and
+runs with ``--resume``. After a node failure SLURM itself queues the job again, and it resumes from
+what was saved last.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from core.config import ROOT
 from core.errors import STOPPED_STATUS, InputError
 from core.launch import ALONE, Place
 from core.signals import SIGNALS
-from suite.local import WAIT_SECONDS, End, Task, is_held
-from suite.plan import TOOLS, Tool, launch
+from suite.local import WAIT_SECONDS, End, Task, holder_of, is_held, last_error
+from suite.plan import RANKS, launch
 from suite.records import make_room, resumable
 from suite.schema import Slurm
 
@@ -73,12 +73,12 @@ class Step:
         self._warn()
         while self._pid and self.status is None and time.monotonic() - started < self.save_seconds:
             time.sleep(0.1)
-        ended = 0 if self.status == 0 else None  # it has just become ready: nothing to go on with
+        ended = 0 if self.status == 0 else None  # it has just finished: nothing to resume
         again = dataclasses.replace(self, status=ended, queued_again=True)
         return DelayedSubmission(again)
 
     def command(self, place: Place = ALONE) -> list[str]:
-        """Return the command of a machine, with --resume where there is something to go on with."""
+        """Return the command of a machine, with --resume if the run folder has a state."""
         words = list(self.words)
         if self.output is not None and self._again() and "--resume" not in words:
             if resumable(self.output):
@@ -154,7 +154,7 @@ class SlurmExecutor:
         return attempt
 
     def again(self, task: Task, ticket: str) -> "_SlurmAttempt | None":
-        """Take up a job that is in the queue, or has ended while nobody looked.
+        """Return a job that is in the queue, or that has ended since it was last looked at.
 
         Raises:
             InputError: it runs as a process, or SLURM does not say whether it was submitted.
@@ -163,7 +163,7 @@ class SlurmExecutor:
 
         if is_held(task.lock):
             raise InputError(
-                f"{task.lock.read_text()} runs it: leave --executor slurm out, or end that"
+                f"{holder_of(task.lock)} runs it: leave --executor slurm out, or end that"
             )
         kind, _, word = ticket.rpartition(" ")
         number = self._number_of(word) if kind == NAMED else word
@@ -330,38 +330,32 @@ def submit_tool(
         gpus: per machine.
 
     Raises:
-        InputError: no such tool, one that cannot use what is asked for, or that could not go on.
+        InputError: no such tool, one that cannot run on so many GPUs or machines, bad input, or no
+            --output to resume from.
     """
     tool = Path(words[0])
     file = next((f for f in (tool, ROOT / tool, ROOT / "tools" / tool) if f.is_file()), None)
     if file is None or file.suffix != ".py":
         raise InputError(f"{tool} is no tool: name a Python file, such as tools/run_pretrain.py")
     words = [str(file.absolute()), *words[1:]]
-    launch(words, gpus, Place(nodes))  # says what cannot be
-    known, output = TOOLS.get(file.name, Tool()), _output_of(words)
-    if known.resumes and output is None:
-        raise InputError(f"{file.name} needs --output: where it goes on when it is queued again")
+    launch(words, gpus, Place(nodes))  # raises if the tool cannot run so
+    output: Path | None = None
+    if file.name in RANKS:
+        if "--output" not in words[:-1]:
+            raise InputError(f"{file.name} needs --output, to resume from when it is queued again")
+        output = Path(words[words.index("--output") + 1]).absolute()
     check_slurm()
-    if known.rehearses:
+    if RANKS.get(file.name) == "launcher":
         _rehearse(words)
-    step = Step(words, output if known.resumes else None, gpus, nodes)
-    job = submit(step, settings, folder, file.stem)
+    job = submit(Step(words, output, gpus, nodes), settings, folder, file.stem)
     return str(job.job_id), Path(job.paths.stdout)
 
 
-def _output_of(words: Sequence[str]) -> Path | None:
-    if "--output" in words[:-1]:
-        return Path(words[words.index("--output") + 1]).absolute()
-    return None
-
-
 def _rehearse(words: Sequence[str]) -> None:
-    """Let the tool refuse bad input now, and not when the job's turn comes."""
-    command = [*launch(words, 0), "--dry-run"]
-    answer = subprocess.run(command, capture_output=True, text=True)
+    """Raise InputError if the tool's --dry-run fails, before the job waits in the queue."""
+    answer = subprocess.run([*launch(words, 0), "--dry-run"], capture_output=True, text=True)
     if answer.returncode:
-        said = answer.stderr.strip().splitlines() or [f"{words[0]} --dry-run fails"]
-        raise InputError(said[-1].removeprefix("error: "))
+        raise InputError(last_error(answer.stderr) or f"{words[0]} --dry-run fails")
 
 
 def _ignore_warnings() -> None:

@@ -26,11 +26,11 @@ from core.disk import free_bytes, size
 from report.runs import read_run
 from suite.benchmark import benchmark, print_plan
 from suite.estimates import Clock, expected_disk
-from suite.local import LocalExecutor, Task, is_held
+from suite.local import LocalExecutor, Task, is_held, last_error
 from suite.page import rebuild
 from suite.plan import command, make_plan, select
-from suite.records import Record, Records, State, differences, make_room, verdicts
-from suite.runner import last_error, run_plan
+from suite.records import Record, Records, State, assessments, differences, make_room
+from suite.runner import run_plan
 from suite.schema import Suite, load_suite
 
 HEAD = """
@@ -511,7 +511,7 @@ def test_a_signal_lets_the_step_save_and_the_same_command_goes_on(
     (os.killpg if to_group else os.kill)(process.pid, number)
     said = "".join(process.communicate(timeout=120))
     assert process.returncode == status
-    assert "the same command goes on from here" in said
+    assert "the same command resumes from here" in said
     assert (bench.root / "quick/random-s1/saved").read_text() == "in time"
     (bench.tools / "hang-random-s1").unlink()
     bench.calls()
@@ -797,8 +797,8 @@ def test_a_stranger_s_run_is_kept_and_crumbs_are_cleared(bench: Bench):
     job = plan.job("quick/ce-s1")
     job.output.mkdir(parents=True)
     (job.output / "notes.txt").write_text("mine")
-    ((_, verdict, _),) = [v for v in verdicts(plan) if v[0] is job]
-    assert verdict.state is State.RERUN
+    ((_, assessment, _),) = [v for v in assessments(plan) if v[0] is job]
+    assert assessment.state is State.RERUN
     kept = make_room(job.output, ours=False)
     assert kept is not None
     assert (kept / "notes.txt").read_text() == "mine"

@@ -7,8 +7,9 @@
     tools/benchmark.py --config suites/table5.yaml --executor slurm slurm.partition gpu
     tools/benchmark.py --config suites/quickstart.yaml protocols.NAME.overrides.SOLVER.MAX_ITER 300
 
-What is done is skipped, what was interrupted goes on, a failed cell does not stop the others (and
-makes the exit status 1). Beside the runs: table.md, table.tex, table.csv, report.html, figures/.
+Jobs that are done are skipped, interrupted ones are resumed, and those that a killed call left
+running are waited for. Writes table.md, table.tex, table.csv, report.html and figures/ beside the
+runs. Exit status: 0 all done, 1 a job failed (the others ran), 2 bad input, 75 stopped by a signal.
 """
 
 import _checkout  # isort: skip
@@ -38,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Plan, run, report; return 1 where a cell has failed."""
+    """Plan, run, report; return the exit status."""
     arguments = parser().parse_intermixed_args()
     from suite.benchmark import benchmark
 

@@ -4,8 +4,8 @@
     tools/slurm.py --nodes 2 --gpus 8 --hours 24 -- \
         tools/run_pretrain.py ctc --config pretrain/ctc_imagenet.yaml --output runs/x
 
-Before its time is over, or when it is preempted, the job saves; it is queued again and goes on with
---resume. Run it on a login node, in a checkout that the cluster's machines see.
+Before its time is over, or when it is preempted, the job saves, is queued again and resumes. Run it
+on a login node, in a checkout that the cluster's machines see.
 """
 
 import _checkout  # isort: skip
@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Submit; say the job's number and its log."""
+    """Submit; print the job's number and its log."""
     from core.config import ROOT, InputError
     from suite.schema import Slurm
     from suite.slurm import submit_tool
