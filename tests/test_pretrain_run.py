@@ -12,6 +12,7 @@ import torch
 from analysis.survey import schedule_of
 from core.config import CONFIG_DIR, InputError, load_config, to_dict
 from core.files import locked
+from core.identity import announced
 from core.results import read_rows
 from models import checkpoint
 from pretrain.plan import disk, plan, trained_seconds
@@ -137,6 +138,10 @@ def test_a_plan_knows_the_disk_and_the_time_of_a_run_like_one_before(
     state = (tmp_path / "first/resume.pth").stat().st_size
     assert told["resume state"].each == pytest.approx(state, rel=0.1)
     assert f"as {tmp_path / 'first'} took" in plan(config, folder, False)
+    (row,) = read_rows(tmp_path / "first/results.jsonl")
+    identity = {"config": [row.config], "data": [row.data], "version": [row.version]}
+    assert announced(plan(config, folder, False)) == identity
+    assert row.details["read_from"] == [str(tiny_npz)]
     other = _config(tiny_npz, method, "loop.momentum", "0.5")
     assert "# time: not known" in plan(other, folder, False)
     (tmp_path / "first/log.jsonl").write_text('{"iteration": 3, "images_per')

@@ -15,7 +15,7 @@ from PIL import Image
 from core.config import CONFIG_DIR, load_config, recipe_and_data
 from core.errors import InputError
 from core.files import locked
-from core.identity import identity
+from core.identity import announced, identity
 from core.results import ResultRow, read_rows, sha256_of
 from data.datasets import DATASETS, resolved
 from models.checkpoint import Facts, load_checkpoint, save_checkpoint
@@ -421,6 +421,23 @@ def test_a_users_own_recipe_does_not_keep_a_shipped_name(
     assert other.protocol.startswith("linear_8px+")
     assert other.details["overrides"] == {"linear.log10_c_max": -1.0}
     assert same.config != other.config
+
+
+def test_a_dry_run_announces_the_identity_of_the_rows(
+    run_here: Callable[..., list[ResultRow]],
+    weights: Path,
+    tiny_npz: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What suites compare rows with, and where they look for changed files."""
+    methods = ("methods", "[linear, knn]")
+    assert run_here(weights, *methods, options=("--dry-run",)) == []
+    said = announced(capsys.readouterr().out)
+    rows = run_here(weights, *methods)
+    assert said is not None
+    assert said == {key: [getattr(row, key) for row in rows][: len(said[key])] for key in said}
+    assert len(said["config"]) == 2
+    assert rows[0].details["read_from"] == [str(tiny_npz)]
 
 
 def test_other_labels_are_other_data_whatever_the_file_is_called(
