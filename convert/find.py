@@ -88,6 +88,10 @@ def find(
     candidates, misses = _candidates(content)
     if not candidates:
         raise ValueError(_why_none(content, misses))
+    if misses and prefix is None:  # a teacher that lacks a tensor is no reason to take the student
+        raise ValueError(
+            f"{misses[0]}; complete backbones: {_places(candidates)}; select one with --prefix"
+        )
     chosen = _choose(candidates if prefix is None else _at(candidates, prefix))
     dropped, normalizer = _account(chosen, candidates, drop)
     return Found(

@@ -641,12 +641,27 @@ def test_a_part_of_a_prefix_that_fits_two_still_needs_a_choice() -> None:
         find(content, prefix="net")
 
 
-def test_a_broken_twin_is_no_head() -> None:
-    """A teacher that lacks a tensor is no backbone: it is neither taken nor silently left out."""
-    content = LAYOUTS["lightly-dino"][0](resnet(1), resnet(2))
-    del content["teacher_backbone.4.0.conv1.weight"]
-    with pytest.raises(ValueError, match=r"neither of the backbone \(student_backbone\)"):
+@pytest.mark.parametrize(
+    ("name", "key", "other"),
+    [("dino", "module.backbone.bn1.bias", "student.backbone"),
+     ("lightly-dino", "teacher_backbone.4.0.bn1.bias", "student_backbone"),
+     ("infomin", "module.encoder.bn1.bias", "model_ema.encoder")],
+)  # fmt: skip
+def test_a_broken_backbone_does_not_give_way_to_its_twin(name: str, key: str, other: str) -> None:
+    """The teacher lacks a tensor: neither is the student taken, nor the teacher left out."""
+    content = LAYOUTS[name][0](resnet(1), resnet(2))
+    state = state_dict_of(content, LAYOUTS[name][1])
+    del state[key]
+    with pytest.raises(
+        ValueError, match=f"1 of the 100 .*missing.*complete backbones: {other}; .*--prefix"
+    ):
         find(content)
+    if state is content:  # it lies in the same state dict, and is no head
+        with pytest.raises(ValueError, match=r"neither of the backbone \(student_backbone\)"):
+            find(content, prefix=other)
+        assert find(content, prefix=other, drop=["teacher_backbone"]).place == other
+    else:
+        assert find(content, prefix=other).place == other
 
 
 @pytest.mark.parametrize(
