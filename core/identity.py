@@ -53,6 +53,7 @@ NEUTRAL = (
     "SUITE",
     "DATALOADER.NUM_WORKERS",
     "MODEL.DEVICE",
+    "MODEL.NETWORK.ARCH",  # belongs to the weights, as the row's init and details do
     "MODEL.WEIGHTS",
     "MODEL.PIXEL_MEAN",
     "MODEL.PIXEL_STD",
@@ -69,7 +70,15 @@ NEUTRAL = (
 
 # Keys that were added after rows had been written, with the value that computes what was computed
 # before. At that value they are left out of the hash, so that rows of before and after meet.
-ADDED: dict[str, Any] = {}
+ADDED: dict[str, Any] = {
+    "drop_path_rate": 0.0,
+    "MODEL.NETWORK.DROP_PATH": 0.0,
+    "MODEL.NETWORK.NORM": "",
+    "MODEL.NETWORK.OUT_NORM": "",
+    "MODEL.NETWORK.SQUARE_PAD": 0,
+    "SOLVER.LAYER_DECAY": 1.0,
+    "SOLVER.LAYERS": [],
+}
 
 
 def is_neutral(key: str) -> bool:

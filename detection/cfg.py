@@ -16,6 +16,7 @@ from detectron2.config import CfgNode, get_cfg
 from core import identity
 from core.config import find_config, nearest, read_with_bases
 from core.errors import InputError
+from detection import backbones
 from detection import heads as heads  # registers the head that the C4 protocols name
 
 SYNC_NORM, NAIVE_NORM = "SyncBN", "naiveSyncBN"
@@ -33,6 +34,7 @@ def default_cfg() -> CfgNode:
     suite.MILESTONE_PERIOD = 0  # iterations between checkpoints that are kept for good; 0: none
     cfg.SOLVER.OPTIMIZER = "SGD"  # every published protocol; "AdamW" learns in fewer iterations
     cfg.SOLVER.AMP.DTYPE = "float16"  # of autocast, if AMP.ENABLED; "bfloat16" for CPUs
+    backbones.add_keys(cfg)
     suite.CHANNELS_LAST = False  # memory format of the weights; faster convolutions, mostly in AMP
     suite.COMPILE = ""  # backend of torch.compile for the backbone, such as "inductor"; "": none
     suite.WANDB = ""  # project at Weights & Biases that metrics also go to; "": none

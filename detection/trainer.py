@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from core.errors import InputError
 from core.progress import Progress
+from detection.backbones import solver_rules
 from detection.loader import EndlessBatches, Record
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -175,6 +176,7 @@ def build_adamw(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
         bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
         weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+        **solver_rules(cfg, model),
     )
     adamw = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
     return adamw(parameters, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
