@@ -172,6 +172,15 @@ def all_mean(tensor: Tensor) -> Tensor:
     return all_sum(tensor) / world_size() if world_size() > 1 else tensor
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """Return every rank's value, in rank order, on every rank (small picklable objects)."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    td.all_gather_object(values, value)
+    return values
+
+
 def broadcast_object(value: Any, source: int = 0) -> Any:
     """Return rank ``source``'s value on every rank (a small picklable object)."""
     if world_size() == 1:

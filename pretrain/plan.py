@@ -1,6 +1,6 @@
-"""What a pretraining will take, told before it starts: steps, time, disk.
+"""Expected steps, time and disk space of a pretraining.
 
-The time is that of an earlier run beside this one, of the same recipe on as many processes.
+The time is taken from an earlier run beside this one, of the same recipe on as many processes.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ def expected_time(config: PretrainConfig, folder: Path) -> str:
                 continue
             before = load_config(PretrainConfig, file.parent / run.CONFIG)
             alike = dataclasses.replace(before, seed=config.seed)
-            if run.fingerprint(alike) != run.fingerprint(config):
+            if run.identifying(alike) != run.identifying(config):
                 continue
             seconds = trained_seconds(file.parent / resume.LOG, config.loop.batch_size)
         except (InputError, OSError, ValueError, KeyError):  # another version, or damaged

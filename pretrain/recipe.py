@@ -38,6 +38,12 @@ class StageConfig:
                 raise InputError(f"{key}.{field} {getattr(self, field)} must not be negative")
         if min(self.milestones, default=0) < 0:
             raise InputError(f"{key}.milestones {self.milestones} must not be negative")
+        if self.milestones and self.schedule != "multistep":
+            raise InputError(f"{key}.milestones are set, but {self.schedule} does not read them")
+        if 0 < self.epochs < self.warmup_epochs:
+            raise InputError(
+                f"{key}.warmup_epochs {self.warmup_epochs:g} exceeds {key}.epochs {self.epochs}"
+            )
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return Stage(name, **(fields | {"milestones": tuple(self.milestones)}))
 

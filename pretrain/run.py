@@ -4,7 +4,7 @@ Shapes: N training images, B images a step over all ranks, S side in pixels, K c
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,14 @@ from core import dist
 from core.config import load_config, save_config, shipped_config, to_dict
 from core.errors import InputError
 from core.files import check_folder, check_not_locked, is_empty, sweep
-from core.identity import changed_keys, check_version, data_digest, protocol_name, recipe_hash
+from core.identity import (
+    changed_keys,
+    check_version,
+    data_digest,
+    effective,
+    protocol_name,
+    recipe_hash,
+)
 from core.results import (
     ROWS_FILE,
     ResultRow,
@@ -40,10 +47,13 @@ from pretrain.objectives import CTC, CrossEntropy
 from pretrain.recipe import CEConfig, CTCConfig
 from training import loop, resume
 from training.loop import Hooks, LoopConfig, Objective
+from training.resume import Position
+from training.schedule import changed_past
 
 METHODS = ("random", "ce", "ctc")
 LARGEST_SEED = (1 << 32) - 1
 CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"  # in a run folder
+STAGE_KEYS = {"ce": "ce.stage", "ctc1": "ctc.stage1", "ctc2": "ctc.stage2"}  # by stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +120,8 @@ def train(
     def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         return prepared(dataset, config, device)
 
-    loop.train(
+    recipe = identifying(config) | {"data": dist.from_main(lambda: dataset.digest)}
+    legs = loop.train(
         objective,
         dataset,
         config.loop,
@@ -120,11 +131,14 @@ def train(
         device=device,
         workers=config.data.workers,
         resume_run=has_state,
-        fingerprint=fingerprint(config),
+        recipe=recipe,
+        check_state=lambda begun, position: check_resumable(
+            folder, config, begun, position, recipe["data"]
+        ),
     )
     if last and not dist.from_main(lambda: is_recorded(folder, last)):
         value = scores[last] if last in scores else top1(model, held_out, config, device)
-        dist.from_main(lambda: record(config, folder, dataset, held_out, path, value))
+        dist.from_main(lambda: record(config, folder, dataset, held_out, path, value, legs))
     elif has_state and dist.is_main():
         print(f"{folder} was finished already; nothing to do")
     dist.barrier()
@@ -135,7 +149,7 @@ def make_ready(config: PretrainConfig) -> tuple[IndexedDataset, IndexedDataset, 
     """Return ``open_data``'s images and the objective around a network drawn from the seed.
 
     Raises:
-        InputError: whatever in the recipe cannot be, before anything is written.
+        InputError: a value of the recipe is not valid, or not read; nothing is written.
     """
     check_version(config.version)
     if not 0 <= config.seed <= LARGEST_SEED:
@@ -144,12 +158,21 @@ def make_ready(config: PretrainConfig) -> tuple[IndexedDataset, IndexedDataset, 
         raise InputError(f"method {config.method!r} is not one of {', '.join(METHODS)}")
     factory.check_name(config.arch)
     (config.ctc if config.method == "ctc" else config.ce).stages()
+    check_read(config)
     loop.check(config.loop)  # what needs no data comes first: to list a million files takes minutes
     torch.manual_seed(config.seed)
     dataset, held_out = open_data(config)
     loop.check(config.loop, len(dataset))
     factory.check_image_size(config.arch, dataset.image_size)
     return dataset, held_out, build_objective(config, dataset)
+
+
+def check_read(config: PretrainConfig) -> None:
+    """Raise InputError if a key is set that nothing reads."""
+    recipe, default = to_dict(config), to_dict(PretrainConfig())
+    for group in {"ce", "ctc"} - {config.method} if config.method != "random" else ():
+        for key in changed_keys({group: recipe[group]}, {group: default[group]}):
+            raise InputError(f"{key} is set, but method {config.method} does not read it")
 
 
 def build_objective(config: PretrainConfig, dataset: IndexedDataset) -> Objective:
@@ -212,12 +235,14 @@ def prepare_folder(folder: Path, config: PretrainConfig, resume_run: bool) -> bo
     """
     check_folder(folder)
     check_not_locked(folder)  # now, not after the data are listed
-    if resume_run and ((folder / CONFIG).exists() and not resume.is_there(folder)):
-        if fingerprint(load_config(PretrainConfig, folder / CONFIG)) != fingerprint(config):
-            raise InputError(f"{folder / CONFIG} is another recipe; resume with that one")
+    if resume_run and (folder / CONFIG).exists() and not resume.is_there(folder):
+        begun = load_config(PretrainConfig, folder / CONFIG)
+        resume.check_recipe(folder, identifying(begun), identifying(config))
         return False
     if resume_run:
-        resume.load(folder, fingerprint(config))
+        state = resume.load(folder)[1]
+        position = Position(**state["position"])
+        check_resumable(folder, config, state["recipe"], position)
     else:
         check_empty(folder)
     return resume_run
@@ -260,9 +285,34 @@ def changed_from_shipped(config: PretrainConfig) -> dict[str, Any]:
     return {key: value for key, value in changed.items() if key != "data.name"}  # that rows name
 
 
-def fingerprint(config: PretrainConfig) -> str:
-    """Return a hash of the recipe, and the seed: beside the data, all that weights depend on."""
-    return f"{recipe_hash(recipe_of(config))} seed {config.seed}"
+def identifying(config: PretrainConfig) -> dict[str, Any]:
+    """Return by key all that the weights depend on, beside the data."""
+    own = {"version": config.version, "seed": config.seed}
+    return effective(recipe_of(config)) | own
+
+
+def check_resumable(
+    folder: Path,
+    config: PretrainConfig,
+    begun: Mapping[str, Any],
+    position: Position,
+    data: str = "",
+) -> None:
+    """Raise InputError unless a run can go on under a config: the same one, or with other epochs.
+
+    Args:
+        begun: the recipe of the run's state, by key.
+        data: digest of the training images and labels; "": not known yet.
+    """
+    now = identifying(config) | {"data": data or begun["data"]}
+    epochs = {stage: f"{key}.epochs" for stage, key in STAGE_KEYS.items()}
+    kept = {key: begun[key] for key in epochs.values() if key in begun}
+    resume.check_recipe(folder, begun, now | kept)
+    stages = config.ctc.stages() if config.method == "ctc" else config.ce.stages()
+    before = [dataclasses.replace(s, epochs=kept.get(epochs[s.name], s.epochs)) for s in stages]
+    reason = changed_past(before, stages, position.stage, position.epoch, position.step)
+    if reason:
+        raise InputError(f"{folder} cannot go on with other epochs: {reason}")
 
 
 def checkpoint_path(folder: Path, epoch: int) -> Path:
@@ -294,8 +344,9 @@ def record(
     held_out: IndexedDataset,
     path: Path,
     value: float,
+    legs: list[dict[str, Any]],
 ) -> None:
-    """Append the run's number to its ``results.jsonl``."""
+    """Append the run's number to its ``results.jsonl``; ``legs`` are those of ``loop.train``."""
     changed = changed_from_shipped(config)
     row = ResultRow(
         step="pretrain",
@@ -323,6 +374,7 @@ def record(
             "amp": amp.resolve(config.loop.amp, dist.pick_device(config.loop.device)),
             "torch": torch.__version__,
             "overrides": changed,
+            **({"legs": legs} if len(legs) > 1 else {}),
         },
     )
     append_rows(folder / ROWS_FILE, [row])

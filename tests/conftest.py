@@ -86,13 +86,17 @@ def call_tool(
 def run_ranks(tmp_path: Path) -> Callable[..., None]:
     """Run a Python script as a group of gloo processes; a failing rank fails the test."""
 
-    def run(script: str, ranks: int, *arguments: object, timeout: float = 200) -> None:
+    def run(
+        script: str, ranks: int, *arguments: object, timeout: float = 200, torchrun: bool = False
+    ) -> None:
         path = tmp_path / f"ranks_{ranks}.py"
         path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{script}")
         command = [sys.executable]
-        if ranks > 1:
+        if torchrun:
             command += ["-m", "torch.distributed.run", "--standalone"]
             command += ["--nproc-per-node", str(ranks)]
+        elif ranks > 1:
+            command += [str(ROOT / "tools/launch.py"), "--processes", str(ranks)]
         result = subprocess.run(
             [*command, str(path), *map(str, arguments)],
             capture_output=True,

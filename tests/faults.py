@@ -19,12 +19,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = [
+COMMON = [
     "arch", "resnet18_cifar_w16", "data.name", "npz", "data.image_size", "16",
     "loop.batch_size", "16", "loop.amp", "none", "loop.device", "cpu", "loop.log_every", "1",
-    "loop.resume_every", "1", "loop.save_every", "1", "ctc.num_negatives", "8",
-    "ctc.stage1.epochs", "2", "ctc.stage2.epochs", "2", "ce.stage.epochs", "2",
+    "loop.resume_every", "1", "loop.save_every", "1",
 ]  # fmt: skip
+STAGES = {
+    "ctc": ["ctc.num_negatives", "8", "ctc.stage1.epochs", "2", "ctc.stage2.epochs", "2"],
+    "ce": ["ce.stage.epochs", "2", "ce.stage.warmup_epochs", "0"],
+    "random": [],
+}
+TINY = [*COMMON, *STAGES["ctc"]]
 SERVER = multiprocessing.get_context("forkserver")
 
 

@@ -8,7 +8,7 @@ from core.config import InputError, load_config, save_config, schema_keys
 from pretrain.plan import plan
 from pretrain.recipe import CTCConfig, StageConfig
 from pretrain.run import PretrainConfig, pretrain
-from tests.faults import TINY
+from tests.faults import COMMON, STAGES
 
 NEGATIVE, NO_NUMBER = ["-1", ".nan", ".inf", "x", "null"], [".nan", "x"]
 COUNT, SWITCH = ["-1", "1.5", "many"], ["maybe", "null"]
@@ -105,7 +105,7 @@ def recipes(tiny_npz: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     """A recipe that can be, for each method."""
     folder, found = tmp_path_factory.mktemp("recipes"), {}
     for method in ("ce", "ctc"):
-        words = ["method", method, *TINY, "data.root", str(tiny_npz)]
+        words = ["method", method, *COMMON, *STAGES[method], "data.root", str(tiny_npz)]
         found[method] = folder / f"{method}.yaml"
         save_config(load_config(PretrainConfig, None, words), found[method])
         plan(load_config(PretrainConfig, found[method]), folder / "run", False)

@@ -24,7 +24,7 @@ from tests.coco_cases import random_case, write_run
 ROOT = Path(__file__).resolve().parent.parent
 TINY_RUN = "data.workers 0 data.limit 40 loop.batch_size 20 loop.log_every 1 loop.amp none"
 TINY_NPZ = "data.name npz data.root {npz} data.image_size 32"
-TINY_CTC = "ctc.stage1.epochs 1 ctc.stage2.epochs 1 ctc.num_negatives 8"
+TINY_CTC = "ctc.stage1.epochs 1 ctc.stage1.warmup_epochs 0 ctc.stage2.epochs 1 ctc.num_negatives 8"
 TINY_NET = (
     "INPUT.MIN_SIZE_TRAIN (64,) INPUT.MIN_SIZE_TEST 64 SOLVER.MAX_ITER 2 SOLVER.IMS_PER_BATCH 2 "
     "SOLVER.WARMUP_ITERS 1 TEST.PRECISE_BN.ENABLED False DATALOADER.NUM_WORKERS 0"

@@ -30,7 +30,7 @@ assert dist.world_size() == 1
 def test_two_ranks_gather_in_rank_order_and_leave_their_inputs_alone(
     run_ranks: Callable[..., None],
 ) -> None:
-    run_ranks(RANKS, 2)
+    run_ranks(RANKS, 2, torchrun=True)
 
 
 def test_alone_every_helper_is_the_identity() -> None:

@@ -17,11 +17,11 @@ from core.results import read_rows
 from models import checkpoint
 from pretrain.plan import disk, plan, trained_seconds
 from pretrain.run import PretrainConfig, make_ready, pretrain
-from tests.faults import TINY
+from tests.faults import COMMON, STAGES
 
 
 def _config(data: Path, method: str, *overrides: str) -> PretrainConfig:
-    values = ["method", method, "data.root", str(data), *TINY, *overrides]
+    values = ["method", method, "data.root", str(data), *COMMON, *STAGES[method], *overrides]
     return load_config(PretrainConfig, None, values)
 
 
@@ -69,10 +69,9 @@ def test_the_initialisation_is_the_same_for_every_method(tmp_path: Path, tiny_np
     """Else a table would compare seeds, not methods."""
     first = []
     for method in ("random", "ce", "ctc"):
-        config = _config(
-            tiny_npz, method, "ce.stage.epochs", "0", "ctc.stage1.epochs", "0",
-            "ctc.stage2.epochs", "0",
-        )  # fmt: skip
+        stages = {"ce": ["ce.stage"], "ctc": ["ctc.stage1", "ctc.stage2"], "random": []}[method]
+        none = [word for stage in stages for word in (f"{stage}.epochs", "0")]
+        config = _config(tiny_npz, method, *none)
         pretrain(config, tmp_path / method)
         first.append(checkpoint.load_checkpoint(tmp_path / method / "checkpoints/epoch_0000.pth"))
     for other in first[1:]:
@@ -89,7 +88,7 @@ def test_a_fresh_start_wants_an_empty_folder_and_a_resume_its_own_recipe(
     before = sorted(p.stat().st_mtime_ns for p in run.rglob("*"))
     with pytest.raises(InputError, match="not empty"):
         pretrain(_config(tiny_npz, "ce"), run)
-    with pytest.raises(InputError, match="another recipe"):
+    with pytest.raises(InputError, match=r"begun with ce.stage.lr = 0.05, not 1.0"):
         pretrain(_config(tiny_npz, "ce", "ce.stage.lr", "1"), run, resume_run=True)
     assert sorted(p.stat().st_mtime_ns for p in run.rglob("*")) == before
     pretrain(_config(tiny_npz, "ce", "loop.log_every", "3"), run, resume_run=True)  # no effect
@@ -233,3 +232,14 @@ def test_bad_input_is_one_sentence_status_2_and_leaves_nothing(
     assert message in said
     assert len(said.strip().splitlines()) == 1
     assert not output.exists()
+
+
+def test_input_that_is_bad_for_several_processes_is_one_sentence_of_them_all(
+    tmp_path: Path, tiny_npz: Path, run_tool: Callable[..., Any]
+) -> None:
+    words = [*COMMON, *STAGES["ce"], "data.root", tiny_npz, "loop.batch_size", "15"]
+    done = run_tool("run_pretrain.py", "ce", "--output", tmp_path / "run", *words, ranks=2)
+    assert done.returncode == 2
+    sentence = "error: loop.batch_size 15 must be a multiple of the 2 processes\n"
+    assert (done.stdout, done.stderr) == ("", sentence)
+    assert not (tmp_path / "run").exists()

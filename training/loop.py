@@ -1,4 +1,4 @@
-"""The one training loop: 1..N processes, AMP, stages, exact resume, stop on a non-finite loss.
+"""The training loop: 1..N processes, AMP, stages, exact resume, stop on a non-finite loss.
 
 Shapes: B images a step over all ranks, W ranks, S side in pixels.
 """
@@ -8,7 +8,7 @@ import itertools
 import math
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ class Objective(nn.Module):
         """
 
     def set_step(self, iteration: int) -> None:
-        """Be told the global step before each forward pass (random draws derive from it)."""
+        """Set the global step, before each forward pass: random draws derive from it."""
 
     def after_step(self) -> None:
         """Run after each optimiser step on every rank (bank updates); not after a skipped one."""
@@ -117,12 +117,19 @@ def train(
     device: torch.device,
     workers: int = 0,
     resume_run: bool = False,
-    fingerprint: str = "",
-) -> None:
-    """Train through all stages, or go on where ``resume.pth`` stands.
+    recipe: Mapping[str, Any] | None = None,
+    check_state: resume.Check | None = None,
+) -> list[dict[str, Any]]:
+    """Train through all stages, or go on from ``resume.pth``.
 
     Args:
-        fingerprint: names the recipe; a resume under another one is refused.
+        recipe: all that the weights depend on, as plain values by key.
+        check_state: raises InputError if a state of that recipe and position cannot be resumed; by
+            default every key must be the same.
+
+    Returns:
+        The legs of the run: the iteration from which on it had so many processes, which device
+        and which precision; more than one where a resume has changed them.
 
     Raises:
         InputError: a config that cannot be run, or nothing (valid) to resume.
@@ -130,8 +137,8 @@ def train(
         Stopped: after a stop signal (``core.signals``), once ``resume.pth`` is written.
     """
     check(config, len(dataset))
-    trainer = Trainer(objective, config, run_dir, seed, device, fingerprint)
-    position = trainer.restore() if resume_run else trainer.begin(hooks)
+    trainer = Trainer(objective, config, run_dir, seed, device, recipe)
+    position = trainer.restore(check_state) if resume_run else trainer.begin(hooks)
     epochs_of = [stage.epochs for stage in trainer.stages]
     total_epochs, saved = sum(epochs_of), saved_epochs(epochs_of, config.save_every)
     ranks = (dist.rank(), dist.world_size())
@@ -182,6 +189,7 @@ def train(
                 bar.say(f"epoch {finished}: {said}")
             trainer.save(position)
             bar.start_lap()
+    return trainer.legs
 
 
 class Trainer:
@@ -194,10 +202,11 @@ class Trainer:
         run_dir: Path,
         seed: int,
         device: torch.device,
-        fingerprint: str = "",
+        recipe: Mapping[str, Any] | None = None,
     ) -> None:
         self.objective, self.config, self.run_dir = objective, config, run_dir
-        self.device, self.fingerprint = device, fingerprint
+        self.device, self.recipe = device, recipe or {}
+        self.legs = [resume.leg(0, device, config.amp)]
         self.stages = objective.stages()
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         self.optimizer: torch.optim.Optimizer | None = None
@@ -211,16 +220,25 @@ class Trainer:
         self.on_main(hooks.save_weights, 0)
         return Position()
 
-    def restore(self) -> Position:
-        """Build the stage that ``resume.pth`` stands in, and load all state into it."""
-        content = resume.load(self.run_dir, self.fingerprint)
+    def restore(self, check: resume.Check | None) -> Position:
+        """Build the stage of ``resume.pth`` and load all state into it."""
+        check = check or (lambda begun, _: resume.check_recipe(self.run_dir, begun, self.recipe))
+        content = resume.load_on_all(self.run_dir, check)
         position = Position(**content["position"])
         self._build_stage(position.stage)
-        self.objective.load_state_dict(content["objective"])
         assert self.optimizer is not None
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.scaler.load_state_dict(content["scaler"])
-        resume.restore_random_states(content["random"])
+        try:
+            self.objective.load_state_dict(content["objective"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.scaler.load_state_dict(content["scaler"])
+            resume.restore_random_states(content["random"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            said = " ".join(str(error).split())
+            raise InputError(
+                f"the state in {self.run_dir} does not fit this checkout: {said[:300]}"
+            ) from None
+        now = resume.leg(position.iteration, self.device, self.config.amp)
+        self.legs = resume.joined_legs(content["legs"], now)
         return position
 
     def enter(self, position: Position, hooks: Hooks) -> tuple[Stage, int]:
@@ -274,8 +292,9 @@ class Trainer:
         """Write ``resume.pth``."""
         assert self.optimizer is not None
         resume.save(
-            self.run_dir, position, self.objective, self.optimizer, self.scaler, self.fingerprint
-        )
+            self.run_dir, position, self.objective, self.optimizer, self.scaler,
+            self.recipe, self.legs,
+        )  # fmt: skip
 
     def on_main(self, function: Callable[[int], None], epoch: int) -> None:
         """Call ``function`` on the first rank while the others wait."""

@@ -1,23 +1,24 @@
-"""What a training needs to go on as if it had never stopped: ``resume.pth`` and ``log.jsonl``."""
+"""The state that a training resumes from as if never stopped: ``resume.pth``, and ``log.jsonl``."""
 
 import dataclasses
 import json
 import random
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as td
 from torch import nn
 
 from core import dist
 from core.errors import InputError
 from core.files import atomic_file
-from models import checkpoint
+from models import amp, checkpoint
 
 FORMAT = "transfer-suite resume state"
-VERSION = 1
+VERSION = 2  # 2: recipe by key, legs
+PARTS = ("position", "objective", "optimizer", "scaler", "random", "recipe", "legs")
 FILE = "resume.pth"
 LOG = "log.jsonl"
 PREVIOUS = "resume.previous.pth"  # the state before, kept until the next is known to be good
@@ -34,22 +35,30 @@ class Position:
     iteration: int = 0  # steps done in all
 
 
+Check = Callable[[Mapping[str, Any], Position], None]  # of a state's recipe and position
+
+
 def save(
     run_dir: Path,
     position: Position,
     objective: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    fingerprint: str,
+    recipe: Mapping[str, Any],
+    legs: list[dict[str, Any]],
 ) -> None:
     """Write ``resume.pth`` atomically; every rank calls it, the first one writes.
 
     The state before it stays beside it as ``resume.previous.pth``.
 
+    Args:
+        recipe: all that the weights depend on, as plain values by key.
+        legs: the iteration, processes, device and precision of each start that changed them.
+
     Raises:
         InputError, NonFiniteLoss: on every rank, if the disk is full or a tensor is not finite.
     """
-    generators = _gather_objects(_random_states())
+    generators = dist.gather_objects(_random_states())
     state = objective.state_dict()  # on every rank: a sharded bank gathers its rows
 
     def write() -> None:
@@ -61,7 +70,8 @@ def save(
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
             "random": generators,
-            "fingerprint": fingerprint,
+            "recipe": dict(recipe),
+            "legs": legs,
         }
         checkpoint.assert_finite(state)
         with atomic_file(run_dir / FILE, keep_previous=run_dir / PREVIOUS) as file:
@@ -75,11 +85,11 @@ def is_there(run_dir: Path) -> bool:
     return any((run_dir / name).exists() for name in (FILE, PREVIOUS))
 
 
-def load(run_dir: Path, fingerprint: str) -> dict[str, Any]:
+def load(run_dir: Path) -> tuple[Path, dict[str, Any]]:
     """Return the newest resume state of a run that reads without damage, tensors on the CPU.
 
     Raises:
-        InputError: there is none, all are damaged, or they belong to another recipe.
+        InputError: there is none, all are damaged, or it is of another version or incomplete.
     """
     paths = [run_dir / FILE, run_dir / PREVIOUS]
     present = [path for path in paths if path.exists()]
@@ -90,17 +100,88 @@ def load(run_dir: Path, fingerprint: str) -> dict[str, Any]:
     found = checkpoint.newest_valid(present, checkpoint.load_plain)
     if found is None:
         raise InputError(f"{present[0]} is damaged, and there is no older valid state beside it")
-    path, content = found
-    if path != present[0] and dist.is_main():
-        print(f"{present[0]} is damaged: going on from {path.name}", file=sys.stderr, flush=True)
+    if found[0] != present[0]:
+        name = found[0].name
+        print(f"{present[0]} is damaged: going on from {name}", file=sys.stderr, flush=True)
+    _check_content(*found)
+    return found
+
+
+def load_on_all(run_dir: Path, check: Check) -> dict[str, Any]:
+    """Return the same state on every rank: the first one chooses and checks it.
+
+    Raises:
+        InputError: on every rank; as ``load``, by ``check``, or a rank reads another state.
+    """
+    chosen: dict[str, Any] = {}
+
+    def choose() -> tuple[str, dict[str, Any]]:
+        path, content = load(run_dir)
+        check(content["recipe"], Position(**content["position"]))
+        chosen.update(content)
+        return path.name, content["position"]
+
+    name, position = dist.from_main(choose)
+    problem = ""
+    try:
+        chosen = chosen or checkpoint.load_plain(run_dir / name)
+        if chosen["position"] != position:
+            problem = f"rank {dist.rank()} reads another {name} in {run_dir} than the first rank"
+    except InputError as error:
+        problem = f"rank {dist.rank()}: {error}"
+    problems = [said for said in dist.gather_objects(problem) if said]
+    if problems:
+        raise InputError(f"{problems[0]}; a run folder must be on storage that all machines share")
+    return chosen
+
+
+def check_recipe(run_dir: Path, begun: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise InputError, naming a key, if a run was begun with another recipe."""
+    absent = object()
+    for key in {**begun, **now}:
+        if begun.get(key, absent) != now.get(key, absent):
+            raise InputError(
+                f"{run_dir} was begun with {key} = {begun.get(key)}, not {now.get(key)}: resume it "
+                "without changes, or start in a new folder"
+            )
+
+
+def leg(iteration: int, device: torch.device, precision: str) -> dict[str, Any]:
+    """Return on what a training runs from an iteration on."""
+    return {
+        "iteration": iteration,
+        "processes": dist.world_size(),
+        "device": device.type,
+        "amp": amp.resolve(precision, device),
+    }
+
+
+def joined_legs(legs: list[dict[str, Any]], now: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the legs of a state, and the present one if it differs from the last; then warn."""
+    before = legs[-1] | {"iteration": now["iteration"]}
+    if before == now:
+        return legs
+    if dist.is_main():
+        was, is_now = (f"{x['processes']} × {x['device']} (amp {x['amp']})" for x in (before, now))
+        print(
+            f"warning: {was} before step {now['iteration']}, {is_now} from there: the weights are "
+            "not those of an uninterrupted run, and the result row says so",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+    return [*legs, now]
+
+
+def _check_content(path: Path, content: Any) -> None:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path} is not a resume state of this suite")
-    if content["fingerprint"] != fingerprint:
+    if content.get("version") != VERSION:
         raise InputError(
-            f"{path} was written under another recipe; resume with the config saved in "
-            f"{run_dir / 'config.yaml'}, or start in a new folder"
+            f"{path} has version {content.get('version')}, but this checkout resumes version "
+            f"{VERSION}: use the checkout that wrote it, or start in a new folder"
         )
-    return content
+    missing = [part for part in PARTS if part not in content]
+    if missing or set(content["position"]) != {f.name for f in dataclasses.fields(Position)}:
+        raise InputError(f"{path} is incomplete: no valid {(missing or ['position'])[0]!r} in it")
 
 
 def restore_random_states(states: list[dict[str, Any]]) -> None:
@@ -158,11 +239,3 @@ def _random_states() -> dict[str, Any]:
         "python": random.getstate(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
-
-
-def _gather_objects(value: Any) -> list[Any]:
-    if dist.world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * dist.world_size()
-    td.all_gather_object(values, value)
-    return values

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 SCHEDULES = ("cosine_epoch", "cosine_step", "multistep", "constant")
 
@@ -48,6 +49,37 @@ def learning_rate(stage: Stage, epoch: int, fraction: float = 0.0) -> float:
     if stage.schedule == "multistep":
         return stage.lr * stage.gamma ** sum(epoch >= milestone for milestone in stage.milestones)
     return stage.lr
+
+
+def changed_past(
+    old: Sequence[Stage], new: Sequence[Stage], stage: int, epoch: int, step: int
+) -> str:
+    """Return why a run cannot go on under new stages, "" if it can.
+
+    It can if they give the same rates to all epochs that have begun.
+
+    Args:
+        stage: number of the stage that the run is in.
+        epoch: finished epochs over all stages.
+        step: finished steps of the epoch after these.
+    """
+    first = 0
+    for number, (was, now) in enumerate(zip(old, new, strict=True)):
+        begun = min(max(epoch + (step > 0) - first, 0), was.epochs)
+        first += was.epochs
+        if was == now:
+            continue
+        if number < stage:
+            return f"stage {was.name} is over"
+        if now.epochs < begun:
+            return f"{begun} epochs of stage {was.name} have begun, more than {now.epochs}"
+        for past in range(begun):
+            if any(learning_rate(was, past, x) != learning_rate(now, past, x) for x in (0, 0.5)):
+                return (
+                    f"under {was.schedule} the rates of the epochs already trained depend on their "
+                    "number"
+                )
+    return ""
 
 
 def _cosine(start: float, end: float, progress: float) -> float:

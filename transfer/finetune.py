@@ -226,7 +226,7 @@ def _train_and_score(
             device=job.device,
             workers=job.data.workers,
             resume_run=job.resume and resume.is_there(folder),
-            fingerprint=fingerprint,
+            recipe={"weights, data and recipe": job.fingerprint, "lr": lr, "weight_decay": decay},
         )
         if score is None:  # cut between the last step and this
             evaluate(epochs)
