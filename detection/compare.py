@@ -34,17 +34,6 @@ INTERVALS_FILE = "bootstrap.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-    """The command line of ``tools/compare.py``."""
-
-    runs: Sequence[str]
-    baseline: str = "ce"
-    resamples: int = 1000
-    seed: int = 0
-    output: str | Path | None = None  # folder of bootstrap.jsonl; None: the first of the runs
-
-
-@dataclasses.dataclass(frozen=True)
 class Trial:
     """One detection run: its newest row, the annotations it was judged on, its detections."""
 
@@ -59,26 +48,39 @@ class Trial:
         return identity(row)._replace(metric="", code=""), self.annotations
 
 
-def compare_runs(request: Request) -> list[ResultRow]:
+def compare_runs(
+    runs: Sequence[str],
+    baseline: str = "ce",
+    resamples: int = 1000,
+    seed: int = 0,
+    output: str | Path | None = None,
+) -> list[ResultRow]:
     """Compare every initialisation with the baseline, write ``bootstrap.jsonl``, return its rows.
+
+    Args:
+        runs: run folders, or folders of them.
+        resamples: draws of the images.
+        seed: of the draws.
+        output: folder of ``bootstrap.jsonl``; None: the first of ``runs``.
 
     Raises:
         InputError: no such folder, nothing to compare in it, or damaged files (named).
     """
-    _check(request.resamples, request.seed)
-    trials = [trial for folder in request.runs for trial in find_trials(Path(folder))]
+    _check(resamples, seed)
+    trials = [trial for folder in runs for trial in find_trials(Path(folder))]
     places: dict[tuple[Any, ...], list[Trial]] = {}
     for trial in trials:
         places.setdefault(trial.place, []).append(trial)
-    rows = [row for group in places.values() for row in _compare_place(group, request)]
+    groups = places.values()
+    rows = [row for group in groups for row in _compare_place(group, baseline, resamples, seed)]
     if not rows:
         inits = ", ".join(sorted({trial.row.init for trial in trials})) or "none"
         raise InputError(
-            f"nothing to compare with {request.baseline!r} in {', '.join(request.runs)}: needed "
-            "are two initialisations with a common seed, protocol and config, and their saved "
+            f"nothing to compare with {baseline!r} in {', '.join(runs)}: needed are two "
+            "initialisations with a common seed, protocol and config, and their saved "
             f"detections; there are detections of {inits}"
         )
-    append_rows(Path(request.output or request.runs[0]) / INTERVALS_FILE, rows)
+    append_rows(Path(output or runs[0]) / INTERVALS_FILE, rows)
     return rows
 
 
@@ -145,31 +147,35 @@ def as_comparison(row: ResultRow) -> Comparison:
     return Comparison(row.value, *row.details["interval"])
 
 
-def _compare_place(group: list[Trial], request: Request) -> Iterator[ResultRow]:
+def _compare_place(
+    group: list[Trial], baseline: str, resamples: int, seed: int
+) -> Iterator[ResultRow]:
     """Compare the initialisations of one protocol and data; all share the draws."""
     newest: dict[tuple[str, int | None], dict[int, Trial]] = {}
     for trial in sorted(group, key=lambda trial: trial.row.time):
         newest.setdefault((trial.row.init, trial.row.epoch), {})[trial.row.seed] = trial
-    bases = [trials for (init, _), trials in newest.items() if init == request.baseline]
-    others = {key: trials for key, trials in newest.items() if key[0] != request.baseline}
+    bases = [trials for (init, _), trials in newest.items() if init == baseline]
+    others = {key: trials for key, trials in newest.items() if key[0] != baseline}
     if not bases or not any(trials.keys() & bases[-1].keys() for trials in others.values()):
         return
     truth = open_truth(group[0].annotations)
-    generator = np.random.default_rng(request.seed)
-    times = draws(len(truth.imgs), request.resamples, generator)
-    base = {seed: _precisions(trial, truth, times) for seed, trial in bases[-1].items()}
+    generator = np.random.default_rng(seed)
+    times = draws(len(truth.imgs), resamples, generator)
+    base = {trial: _precisions(run, truth, times) for trial, run in bases[-1].items()}
+    common = {"baseline": baseline, "level": LEVEL, "resamples": resamples}
     for trials in others.values():
         seeds = sorted(trials.keys() & base.keys())
         if not seeds:
             continue
-        ours = [_precisions(trials[seed], truth, times) for seed in seeds]
-        theirs = [base[seed] for seed in seeds]
+        ours = [_precisions(trials[trial], truth, times) for trial in seeds]
+        theirs = [base[trial] for trial in seeds]
         for task in ours[0]:
             if not all(task in side for side in (*ours, *theirs)):
                 continue
             sides = [side[task] for side in ours], [side[task] for side in theirs]
             for metric, comparison in compare(*sides, generator).items():
-                yield _row(trials[seeds[0]].row, f"{task}/{metric}", comparison, seeds, request)
+                details = {"compared": f"{task}/{metric}", **common, "seeds": seeds}
+                yield _row(trials[seeds[0]].row, comparison, seed, details)
 
 
 def _precisions(trial: Trial, truth: COCO, times: Array) -> dict[str, Array]:
@@ -180,22 +186,13 @@ def _precisions(trial: Trial, truth: COCO, times: Array) -> dict[str, Array]:
     }
 
 
-def _row(
-    like: ResultRow, metric: str, found: Comparison, seeds: list[int], request: Request
-) -> ResultRow:
-    details = {
-        "compared": metric,
-        "baseline": request.baseline,
-        "interval": [found.low, found.high],
-        "level": LEVEL,
-        "resamples": request.resamples,
-        "seeds": seeds,
-    }
+def _row(like: ResultRow, found: Comparison, seed: int, details: dict[str, Any]) -> ResultRow:
     return ResultRow(
         step="detection", protocol=like.protocol, dataset=like.dataset, split=like.split,
-        metric=f"{metric} minus {request.baseline}", value=found.delta, unit="%", init=like.init,
-        seed=request.seed, epoch=like.epoch, selection=like.selection, config=like.config,
-        data=like.data, version=like.version, details=details, schema=like.schema,
+        metric=f"{details['compared']} minus {details['baseline']}", value=found.delta, unit="%",
+        init=like.init, seed=seed, epoch=like.epoch, selection=like.selection, config=like.config,
+        data=like.data, version=like.version, schema=like.schema,
+        details=details | {"interval": [found.low, found.high]},
     )  # fmt: skip
 
 

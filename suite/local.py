@@ -167,7 +167,9 @@ class LocalExecutor:
                 with contextlib.suppress(ProcessLookupError):
                     send(process.pid, number)
             end, seen = time.monotonic() + seconds, hurries()
-            while self._running and time.monotonic() < end and hurries() == seen:
+            while self._running and time.monotonic() < end:
+                if hurries() > seen and number != signal.SIGKILL:
+                    break
                 self.wait()
                 self._forget_ended()
         return ""

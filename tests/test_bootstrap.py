@@ -15,7 +15,7 @@ from core.errors import InputError
 from core.results import append_rows, read_rows
 from detection.bootstrap import ClassMatches, average_precisions, compare, draws, match
 from detection.coco_backends import evaluate, indexed
-from detection.compare import Request, compare_files, compare_runs, find_trials
+from detection.compare import compare_files, compare_runs, find_trials
 from tests.coco_cases import random_case, write_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -169,7 +169,7 @@ def test_runs_are_paired_by_seed_and_make_rows(tmp_path: Path) -> None:
             )
     (tmp_path / "runs/ctc-s3").rename(tmp_path / "runs/ctc-s3.old1")
     assert len(list(find_trials(tmp_path / "runs"))) == 6
-    rows = compare_runs(Request([str(tmp_path / "runs")], resamples=100))
+    rows = compare_runs([str(tmp_path / "runs")], resamples=100)
     assert len(read_rows(tmp_path / "runs/bootstrap.jsonl")) == len(rows) == 6
     assert {row.init for row in rows} == {"ctc"}
     first = rows[0]
@@ -184,7 +184,7 @@ def test_runs_are_paired_by_seed_and_make_rows(tmp_path: Path) -> None:
     low, high = first.details["interval"]
     assert low < first.value < high
     with pytest.raises(InputError, match=r"nothing to compare with 'moco'.*ce, ctc, lonely"):
-        compare_runs(Request([str(tmp_path / "runs")], baseline="moco"))
+        compare_runs([str(tmp_path / "runs")], baseline="moco")
     done = subprocess.run(
         [sys.executable, "tools/compare.py", str(tmp_path / "nowhere")],
         cwd=ROOT, capture_output=True, text=True, timeout=120,
@@ -201,4 +201,4 @@ def test_runs_that_learned_from_other_annotations_are_not_compared(tmp_path: Pat
     file.unlink()
     append_rows(file, [dataclasses.replace(row, data="few/val")])
     with pytest.raises(InputError, match="nothing to compare"):
-        compare_runs(Request([str(tmp_path / "runs")], resamples=100))
+        compare_runs([str(tmp_path / "runs")], resamples=100)

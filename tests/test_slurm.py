@@ -17,7 +17,7 @@ from core.config import ROOT
 from core.errors import InputError
 from core.launch import Place
 from suite import slurm
-from suite.local import Task
+from suite.local import LocalExecutor, Task
 from suite.plan import launch
 from suite.schema import Slurm, load_suite
 from tests import fake_slurm
@@ -295,6 +295,23 @@ def test_a_runner_killed_during_sbatch_leaves_no_job_beside_its_second(
     assert second.returncode == 0, complained
     assert "pretrain ce, seed 1: started as SLURM job 1001" in said
     assert (tmp_path / "runs/logs/pretrain--ce-s1.log").read_text().count("finished") == 1
+
+
+def test_a_job_in_the_queue_is_not_started_here_too(cluster: Path, tmp_path: Path):
+    (cluster / "full").touch()
+    there = slurm.SlurmExecutor(Slurm(), tmp_path)
+    words = [sys.executable, "-c", "import time; time.sleep(60)", str(tmp_path)]
+    task = Task("x", words, tmp_path, tmp_path / "log", tmp_path / "x.lock")
+    ticket = there.start(task, print).ticket
+    here = LocalExecutor(jobs=1)
+    with pytest.raises(InputError, match="SLURM job 1000 runs it: take --executor slurm"):
+        here.again(task, ticket)
+    subprocess.run(["scancel", "1000"], check=True)
+    assert here.again(task, ticket) is None
+    here.start(task, print)
+    with pytest.raises(InputError, match=r"process \d+ on .* runs it"):
+        there.again(task, "")
+    here.stop(int)
 
 
 def test_a_job_that_vanishes_has_failed(cluster: Path, tmp_path: Path):

@@ -28,7 +28,7 @@ from suite.benchmark import benchmark, print_plan
 from suite.estimates import Clock, expected_disk
 from suite.local import LocalExecutor, Task, is_held, last_error
 from suite.page import rebuild
-from suite.plan import command, make_plan, select
+from suite.plan import Job, command, make_plan, select
 from suite.records import Record, Records, State, assessments, differences, make_room
 from suite.runner import run_plan
 from suite.schema import Suite, load_suite
@@ -641,6 +641,42 @@ def test_an_interruption_ends_all_children_and_the_next_call_goes_on(bench: Benc
     bench.calls()
     assert bench.run(jobs=2) == 0
     assert [(call[0], "--resume" in call) for call in bench.calls()] == [("train_net", True)] * 2
+
+
+def test_a_job_that_does_not_save_is_ended_when_the_user_hurries(tmp_path: Path):
+    code = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "print('deaf', flush=True); time.sleep(60)"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    executor = LocalExecutor(jobs=1)
+    task = Task("deaf", words, tmp_path, tmp_path / "log", tmp_path / "lock")
+    attempt = executor.start(task, print)
+    wait_until(lambda: "\ndeaf" in task.log.read_text())
+    looks = iter(range(1000))
+    executor.stop(lambda: next(looks))
+    end = attempt.ended()
+    assert end is not None
+    assert end.status == -signal.SIGKILL
+
+
+def test_a_full_disk_loses_no_result(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    write = Records.write
+
+    def full(records: Records, job: Job, record: Record) -> None:
+        if job.name == "quick/random-s1" and record.status is not None:
+            raise InputError("no space left")
+        write(records, job, record)
+
+    monkeypatch.setattr(Records, "write", full)
+    with pytest.raises(InputError, match="no space left"):
+        bench.run()
+    monkeypatch.undo()
+    bench.calls()
+    assert bench.run() == 0
+    assert bench.tools_called() == [
+        "run_pretrain ce-s1", "convert_to_d2 ce-s1_d2.pth", "train_net ce-s1",
+    ]  # fmt: skip
 
 
 def test_each_job_has_gpus_of_its_own(tmp_path: Path):

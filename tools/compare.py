@@ -32,9 +32,9 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Compare and print."""
     arguments = parser().parse_args()
-    from detection.compare import Request, as_comparison, compare_runs, table
+    from detection.compare import as_comparison, compare_runs, table
 
-    rows = compare_runs(Request(**vars(arguments)))
+    rows = compare_runs(**vars(arguments))
     for place in dict.fromkeys((row.protocol, row.dataset, row.split) for row in rows):
         own = [row for row in rows if (row.protocol, row.dataset, row.split) == place]
         seeds = sorted({seed for row in own for seed in row.details["seeds"]})
