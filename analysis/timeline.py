@@ -42,7 +42,7 @@ from core.identity import (
 )
 from core.progress import format_seconds
 from core.results import ROWS_FILE, Measured, ResultRow, append_rows, read_rows
-from data.datasets import DataConfig, IndexedDataset, report_split
+from data.datasets import DataConfig, IndexedDataset, report_split, resolved
 from models.checkpoint import Checkpoint, load_checkpoint
 from transfer.linear import LinearConfig
 
@@ -107,8 +107,12 @@ class Timeline:
         self.init = init or self.facts.method
         self.device = dist.pick_device(config.device)
         newest = load_checkpoint(self.survey.epochs[-1].path)
-        self.data = [_source(config, newest), *config.targets]
-        self.datasets = [_open(data, newest) for data in self.data]
+        data = [_source(config, newest), *config.targets]
+        self.datasets = [_open(one, newest) for one in data]
+        self.data = [
+            dataclasses.replace(resolved(one), image_size=next(iter(splits.values())).image_size)
+            for one, splits in zip(data, self.datasets, strict=True)
+        ]
         for splits in self.datasets if "probe" in config.quantities else ():
             if len(splits) < 2:
                 raise InputError(

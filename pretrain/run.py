@@ -39,6 +39,7 @@ from data.datasets import (
     open_dataset,
     places_of,
     report_split,
+    resolved,
     to_device,
 )
 from models import amp, checkpoint, factory
@@ -266,13 +267,16 @@ def begin(folder: Path, config: PretrainConfig, resume_run: bool) -> None:
 def is_recorded(folder: Path, epoch: int) -> bool:
     """Whether the run's result row is written: a kill may come between the last state and it."""
     rows = folder / ROWS_FILE
-    return rows.exists() and any(row.epoch == epoch for row in read_rows(rows))
+    return rows.exists() and any(
+        (row.step, row.epoch) == ("pretrain", epoch) for row in read_rows(rows)
+    )
 
 
 def recipe_of(config: PretrainConfig) -> dict[str, Any]:
-    """Return the part of a config that its method reads."""
+    """Return the part of a config that its method reads, the data set's own values filled in."""
     unread = {"ce", "ctc"} - {config.method}
-    return {key: value for key, value in to_dict(config).items() if key not in unread}
+    content = to_dict(config) | {"data": to_dict(resolved(config.data))}
+    return {key: value for key, value in content.items() if key not in unread}
 
 
 def changed_from_shipped(config: PretrainConfig) -> dict[str, Any]:
@@ -280,9 +284,9 @@ def changed_from_shipped(config: PretrainConfig) -> dict[str, Any]:
     path = shipped_config(config.recipe, "pretrain")
     if path is None:
         return {}
-    shipped = recipe_of(load_config(PretrainConfig, path))
-    changed = changed_keys(recipe_of(config), shipped)
-    return {key: value for key, value in changed.items() if key != "data.name"}  # that rows name
+    shipped = load_config(PretrainConfig, path)
+    data = dataclasses.replace(shipped.data, name=config.data.name)  # which rows name
+    return changed_keys(recipe_of(config), recipe_of(dataclasses.replace(shipped, data=data)))
 
 
 def identifying(config: PretrainConfig) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from PIL import Image
 from core import identity
 from core.config import load_config, to_dict
 from core.results import ResultRow, latest
+from data.catalogue import look_up
 from data.datasets import DataConfig, open_dataset
 from data.pack import PackConfig, pack
 from pretrain.run import PretrainConfig, changed_from_shipped, recipe_of
@@ -207,6 +208,9 @@ def test_a_recipe_of_a_shipped_name_that_computes_something_else_is_told_apart()
     changed = dataclasses.replace(changed, recipe="ce_shapes")
     assert changed_from_shipped(changed) == {"loop.batch_size": 8}
     assert changed_from_shipped(dataclasses.replace(changed, recipe="my_own")) == {}
+    elsewhere = dataclasses.replace(config, data=dataclasses.replace(config.data, name="cifar10"))
+    assert changed_from_shipped(elsewhere) == {}  # rows name the data set
+    assert recipe_of(elsewhere)["data"]["mean"] == list(look_up("cifar10").mean)
     name = identity.protocol_name("ce_shapes", {"loop.batch_size": 8})
     assert name.startswith("ce_shapes+")
     assert name != identity.protocol_name("ce_shapes", {"loop.batch_size": 16})

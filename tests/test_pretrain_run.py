@@ -13,10 +13,10 @@ from analysis.survey import schedule_of
 from core.config import CONFIG_DIR, InputError, load_config, to_dict
 from core.files import locked
 from core.identity import announced
-from core.results import read_rows
+from core.results import ResultRow, append_rows, read_rows
 from models import checkpoint
 from pretrain.plan import disk, plan, trained_seconds
-from pretrain.run import PretrainConfig, make_ready, pretrain
+from pretrain.run import PretrainConfig, is_recorded, make_ready, pretrain
 from tests.faults import COMMON, STAGES
 
 
@@ -243,3 +243,14 @@ def test_input_that_is_bad_for_several_processes_is_one_sentence_of_them_all(
     sentence = "error: loop.batch_size 15 must be a multiple of the 2 processes\n"
     assert (done.stdout, done.stderr) == ("", sentence)
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_of_an_analysis_in_the_run_folder_do_not_pass_for_its_own(tmp_path: Path) -> None:
+    row = ResultRow(
+        "analysis", "timeline", "d", "test", "nmi", 0.5, "1", "ce", 1, epoch=3
+    )  # measured beside the training
+    append_rows(tmp_path / "results.jsonl", [row])
+    assert not is_recorded(tmp_path, 3)
+    own = dataclasses.replace(row, step="pretrain", metric="top1")
+    append_rows(tmp_path / "results.jsonl", [own])
+    assert is_recorded(tmp_path, 3)
