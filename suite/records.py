@@ -54,15 +54,12 @@ class Assessment:
 class Record:
     """A job's last run."""
 
-    job: str
     state: str  # "started", "done", "failed"
     recipe: dict[str, Any]
     source: str  # sha256 of the input file, "" for none
-    command: list[str]
     made: dict[str, str] = dataclasses.field(default_factory=dict)  # see ``made_by``
     data: dict[str, str] = dataclasses.field(default_factory=dict)  # path → ``stat_digest``
     seconds: float = 0.0  # all attempts together
-    status: int | None = None  # exit status
     ticket: str = ""  # by which the executor finds the attempt again
     began: float = 0.0  # UNIX time at which its first attempt began
 

@@ -92,7 +92,7 @@ class _Running:
 
     job: Job
     attempt: Attempt
-    record: Record | None  # None: damaged
+    record: Record
     started: float
 
 
@@ -156,7 +156,8 @@ class _Runner:
                 self._fail(job, f"{attempt.ticket} runs it, but {assessment.reason}: end that")
                 continue
             self.waiting.remove(job)
-            self.running[job.name] = _Running(job, attempt, record, time.monotonic())
+            known = record or Record("started", {}, "")  # else damaged
+            self.running[job.name] = _Running(job, attempt, known, time.monotonic())
             say(f"{self._head(job)}: {attempt.ticket} runs it already")
 
     def _start_next(self) -> None:
@@ -206,7 +207,7 @@ class _Runner:
         job.output.parent.mkdir(parents=True, exist_ok=True)
         words = command(job, source or job.weights, resume, tools=self.tools)
         weights = sha256_of_file(source) if source else ""
-        new = Record(job.name, "started", job.recipe, weights, words, began=time.time())
+        new = Record("started", job.recipe, weights, began=time.time())
         if resume and record is not None:
             new.seconds, new.began = record.seconds, record.began
         self.records.write(job, new)
@@ -232,7 +233,7 @@ class _Runner:
             other = [OTHER[key] for key, values in there.items() if values != today[key]]
             if other:
                 return Assessment(State.RERUN, f"{reason}; its rows are of {' and '.join(other)}")
-        record = self.records.read(job) or Record(job.name, "done", {}, "", [])
+        record = self.records.read(job) or Record("done", {}, "")
         record.recipe, record.source, record.began = job.recipe, weights, began
         self._complete(job, record)
         return Assessment(State.DONE)
@@ -271,25 +272,25 @@ class _Runner:
         """Record how an attempt has ended."""
         job, record = work.job, work.record
         del self.running[job.name]
-        if record is not None:
-            record.seconds += end.seconds
-            record.status = end.status
-            self.records.write(job, record)
-        if record is None or end.status is None:  # how it ended is not known
+        record.seconds += end.seconds
+        if end.status is None:  # what it has made decides
+            if not self.records.is_damaged(job):
+                self.records.write(job, record)
             self.waiting.insert(0, job)
             return
         problem = ""
         if end.status == 0 and not end.why:
             problem = self._complete(job, record)
-        elif self.stops:
-            say(f"{self._head(job)}: interrupted")  # the record stays "started"
-            return
-        elif end.status == STOPPED_STATUS:
+        elif self.stops or end.status == STOPPED_STATUS:
+            self.records.write(job, record)  # as "started"
             problem = "stopped by a signal, with everything saved: the same command resumes it"
         else:
-            problem = end.why or self._reason(job, end.status)
             record.state = "failed"
             self.records.write(job, record)
+            problem = end.why or self._reason(job, end.status)
+        if self.stops and problem:
+            say(f"{self._head(job)}: interrupted")
+            return
         if problem:
             self._fail(job, f"{problem}; log: {shown(self._log(job))}")
             return

@@ -338,14 +338,14 @@ def test_a_run_whose_record_is_damaged_is_resumed(bench: Bench):
 def test_a_record_is_whole_or_as_before(bench: Bench, monkeypatch: pytest.MonkeyPatch):
     plan = make_plan(load_suite(bench.config), "s", bench.root)
     job, records = plan.jobs[0], Records(bench.root)
-    records.write(job, Record(job.name, "done", {}, "", []))
+    records.write(job, Record("done", {}, ""))
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", lambda handle: synced.append(handle))
     monkeypatch.setattr(Path, "replace", lambda *_: pytest.fail("killed"))
     with pytest.raises(pytest.fail.Exception):
-        records.write(job, Record(job.name, "failed", {}, "", []))
+        records.write(job, Record("failed", {}, ""))
     assert synced
-    assert records.read(job) == Record(job.name, "done", {}, "", [])
+    assert records.read(job) == Record("done", {}, "")
 
 
 def test_the_reason_of_a_failure_is_found_in_a_log():
@@ -664,7 +664,7 @@ def test_a_full_disk_loses_no_result(bench: Bench, monkeypatch: pytest.MonkeyPat
     write = Records.write
 
     def full(records: Records, job: Job, record: Record) -> None:
-        if job.name == "quick/random-s1" and record.status is not None:
+        if job.name == "quick/random-s1" and record.seconds:
             raise InputError("no space left")
         write(records, job, record)
 
@@ -896,7 +896,7 @@ def test_disk_is_declared_then_measured_and_says_what_it_does_not_know(bench: Be
     (detections[0].output / "sub").mkdir(parents=True)
     (detections[0].output / "sub/model.pth").write_bytes(bytes(3_000_000))
     (detections[0].output / "log").write_bytes(bytes(1_000_000))
-    records.write(detections[0], Record(detections[0].name, "done", {}, "", []))
+    records.write(detections[0], Record("done", {}, ""))
     assert expected_disk(plan, detections[1:], records).startswith("12.0 MB, ")
 
 
