@@ -221,7 +221,8 @@ class _Process:
         """Write to stdout what the log has gained."""
         if self.shown is None:
             return
-        with self.task.log.open("rb") as log:
+        data = b""
+        with contextlib.suppress(FileNotFoundError), self.task.log.open("rb") as log:
             log.seek(self.shown)
             data = log.read()
         self.shown += len(data)
