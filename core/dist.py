@@ -47,22 +47,28 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def init(device: str = "auto", timeout: int = TIMEOUT) -> torch.device:
-    """Join the group that torchrun describes in the environment; return ``pick_device(device)``.
+    """Join the group that the environment describes; return ``pick_device(device)``.
 
-    Without torchrun's variables nothing is joined. NCCL on GPUs, gloo on CPU. ``timeout``: seconds
-    that a rank waits for another before the job ends.
+    RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from ``core.launch``, torchrun or a script
+    under srun; without them nothing is joined. NCCL on GPUs, gloo on CPU. ``timeout``: seconds that
+    a rank waits for another before the job ends.
     """
     chosen = pick_device(device)
     if not 1 <= timeout <= LONGEST:
         raise InputError(f"the timeout of a group is {timeout}; it must be 1 to {LONGEST} seconds")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not td.is_initialized():
+    if is_rank() and not td.is_initialized():
         td.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",
             timeout=datetime.timedelta(seconds=timeout),
         )
     return chosen
+
+
+def is_rank() -> bool:
+    """Whether the environment makes this process one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def shutdown() -> None:
@@ -164,6 +170,16 @@ def all_sum(tensor: Tensor) -> Tensor:
     total = tensor.detach().clone()
     td.all_reduce(total)
     return total
+
+
+def any_rank(*conditions: bool | Tensor, device: torch.device) -> list[bool]:
+    """Return for each condition whether it holds on any rank; reads the device once."""
+    if world_size() == 1:
+        return [bool(condition) for condition in conditions]
+    flags = [
+        torch.as_tensor(condition, dtype=torch.float32, device=device) for condition in conditions
+    ]
+    return [count > 0 for count in all_sum(torch.stack(flags)).tolist()]
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ class Loader:
         self.batches: DataLoader[Any] = DataLoader(
             _Careful(dataset),
             num_workers=workers,
-            worker_init_fn=functools.partial(_begin_worker, os.getpid()),
+            worker_init_fn=functools.partial(begin_worker, os.getpid()),
             collate_fn=_collate,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else each epoch, and each resume, draws from torch's own
@@ -119,7 +119,8 @@ def _collate(items: list[Any]) -> Any:
     return default_collate(items)
 
 
-def _begin_worker(parent: int, _: int) -> None:
+def begin_worker(parent: int, _: int) -> None:
+    """Have a loading process end with the main one (as ``worker_init_fn``); use one thread."""
     signals.end_with_parent(parent)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)

@@ -8,6 +8,7 @@ newest one that is whole, whatever ``last_checkpoint`` says.
 
 import dataclasses
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from core.errors import InputError
+from core import dist
+from core.errors import InputError, Stopped
 from detection.loader import EndlessBatches, Record
 from detection.logs import say
 from models.checkpoint import atomic_file, load_plain, newest_valid, save_atomically
+from training import resume
 
 NUMBERED = re.compile(r"model_(\d{7})\.pth")
 FINAL = "model_final.pth"
@@ -73,6 +76,18 @@ class Checkpointer:
         """Return the newest checkpoint that is whole; damaged ones are named and passed over."""
         return newest_valid(self.files(), _read_or_say)
 
+    def newest_on_all(self) -> tuple[Path, dict[str, Any]] | None:
+        """Return on every rank the newest whole checkpoint that the first one finds.
+
+        Raises:
+            InputError: on every rank; a rank reads another one.
+        """
+        return resume.read_on_all(
+            self.newest,
+            lambda path: _read(self.folder / path.name),
+            lambda content: content["iteration"],
+        )
+
     def _prune(self, done: int) -> None:
         """Remove all but the last and the milestones.
 
@@ -101,6 +116,32 @@ class SaveHook(HookBase):
             self.checkpointer.save(self.trainer, final=True)
         elif self.period > 0 and done % self.period == 0:
             self.checkpointer.save(self.trainer)
+
+
+class StopOnSignal(HookBase):
+    """Saves after the iteration in which a stop signal has reached any rank, and ends the run.
+
+    After the last iteration nothing is left to save, and the signal acts at once.
+    """
+
+    def __init__(self, checkpointer: Checkpointer) -> None:
+        self.checkpointer = checkpointer
+
+    def before_train(self) -> None:
+        self.trainer.stop.__enter__()
+
+    def after_step(self) -> None:
+        """Save on the first rank, then raise ``Stopped`` on all."""
+        if not self.trainer.must_stop or self.trainer.iter + 1 >= self.trainer.max_iter:
+            return
+        name = dist.from_main(lambda: self.checkpointer.save(self.trainer).name)
+        raise Stopped(
+            f"stopped by a signal after {self.trainer.iter + 1} iterations; {name} is saved: go on "
+            "with --resume"
+        )
+
+    def after_train(self) -> None:
+        self.trainer.stop.__exit__(*sys.exc_info())
 
 
 def restore(trainer: Any, content: dict[str, Any], cfg: CfgNode, records: list[Record]) -> int:

@@ -17,6 +17,7 @@ from detectron2.engine import DefaultTrainer
 
 from core.config import ROOT, shipped_config
 from core.errors import InputError
+from core.files import check_folder, is_empty
 from detection import cfg as configs
 from detection import weights as weight_files
 from detection.catalogue import flips, mirrored, open_named
@@ -56,6 +57,7 @@ class Request:
     coco_backend: str = ""
     assume_convention: bool = False
     convention_from_weights: bool = False
+    job: str = ""  # a rank's: the file of the job that has been checked
     dry_run: bool = False  # only say what would be done: write nothing, on any hardware
     overrides: Sequence[str] = ()
 
@@ -375,10 +377,16 @@ def _mode(request: Request, folder: Path, earlier: dict[str, Any] | None) -> str
         return "evaluate"
     if earlier is not None:
         return "resume"
-    first = request.machine_rank == 0  # the others may find what it has begun to write
-    if first and folder.exists() and any(folder.iterdir()) and os.access(folder, os.R_OK):
+    if request.machine_rank == 0:  # the others may find what it has begun to write
+        check_empty(folder)
+    return "train"
+
+
+def check_empty(folder: Path) -> None:
+    """Raise InputError unless a new run can start in a folder."""
+    check_folder(folder)
+    if not is_empty(folder):
         raise InputError(
             f"{folder} is not empty: --resume goes on with the run in it, another --output starts "
             "a new one"
         )
-    return "train"

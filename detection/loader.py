@@ -7,6 +7,8 @@ entered at any iteration, whatever the number of worker processes.
 """
 
 import contextlib
+import functools
+import os
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +28,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from core.errors import InputError
+from data.loaders import begin_worker, start
 
 Record = dict[str, Any]
 
@@ -107,13 +110,14 @@ class EndlessBatches:
         workers = self.cfg.DATALOADER.NUM_WORKERS
         batches = GroupedBatches(self.sampler, self.wide, self.per_rank, self.start)
         generator = torch.Generator().manual_seed(self.cfg.SEED)  # leaves the global one alone
-        return iter(
+        return start(
             DataLoader(
                 self.dataset,
                 batch_sampler=batches,
                 num_workers=workers,
                 collate_fn=_as_list,
                 generator=generator,
+                worker_init_fn=functools.partial(begin_worker, os.getpid()),
             )
         )
 
@@ -129,15 +133,28 @@ def training_records(cfg: CfgNode) -> list[Record]:
     return records
 
 
-def test_loader(cfg: CfgNode, catalog_name: str) -> DataLoader[Record]:
+class SplitBatches:
+    """An iterable of a whole split, each image once over all ranks; see ``test_loader``."""
+
+    def __init__(self, loader: DataLoader[Record]) -> None:
+        loader.worker_init_fn = functools.partial(begin_worker, os.getpid())
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[list[Record]]:
+        return start(self.loader)
+
+
+def test_loader(cfg: CfgNode, catalog_name: str) -> SplitBatches:
     """Return the loader of a whole split, each image once over all ranks."""
     judged = cfg.clone()
     judged.defrost()
     judged.DATASETS.TRAIN = (catalog_name,)  # where detectron2's mapper looks keypoints up
-    loader: DataLoader[Record] = build_detection_test_loader(
-        judged, catalog_name, mapper=Mapper(judged, False)
+    return SplitBatches(
+        build_detection_test_loader(judged, catalog_name, mapper=Mapper(judged, False))
     )
-    return loader
 
 
 @contextlib.contextmanager

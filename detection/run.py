@@ -1,76 +1,139 @@
 """One detection run: prepared, trained (or resumed), saved, evaluated, recorded as result rows."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
+import pickle
 import resource
 import shlex
 import shutil
 import sys
 import tempfile
 import time
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.engine import default_writers, launch
+from detectron2.engine import default_writers
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.events import TensorboardXWriter
 
+from core import dist, launch
+from core.config import ROOT
 from core.errors import InputError
+from core.files import check_not_locked, locked
 from core.results import ROWS_FILE, ResultRow, append_rows, read_rows
-from detection import catalogue, signals
-from detection.checkpointer import Checkpointer, SaveHook, bare, restore
+from detection import catalogue
+from detection.checkpointer import Checkpointer, SaveHook, StopOnSignal, bare, restore
 from detection.coco_backends import Evaluation
 from detection.evaluation import evaluate_model
 from detection.identity import RUN_FILE
-from detection.job import Job, Request, prepare
+from detection.job import Job, Request, check_empty, prepare
 from detection.loader import training_records
 from detection.logs import WandbWriter, is_terminal, logging_to, say, trim_metrics
 from detection.plan import plan
 from detection.saved import DATASET_FILE
 from detection.scores import as_metrics, result_rows, table
-from detection.trainer import NotFiniteError, Trainer, add_hooks, build, build_detector, seed_torch
+from detection.trainer import Trainer, add_hooks, build, build_detector, seed_torch
 from detection.weights import load_into, read_weights
 from models.checkpoint import atomic_file
+
+GROUP_SECONDS = 1800  # that a rank waits for another, as in detectron2: one rank evaluates alone
 
 
 def run(request: Request) -> int:
     """Check everything, then train and evaluate, or only evaluate; return the exit status.
 
-    A dry run ends after the checks and prints what would be done.
+    Several processes are started here, or else are ranks already (torchrun, srun); then the first
+    one checks. A dry run ends after the checks and prints what would be done.
 
     Raises:
         InputError: bad input, before anything is written.
+        NotFiniteError, Stopped, LostRank: as they say.
     """
-    with tempfile.TemporaryDirectory(prefix="convert-") as scratch:
-        job = prepare(request, Path(scratch))
+    if request.job:
+        return _run_rank(pickle.loads(Path(request.job).read_bytes()))
+    if dist.is_rank():
+        return _run_as_rank(_as_started(request))
+    with tempfile.TemporaryDirectory(prefix="convert-") as scratch, contextlib.ExitStack() as stack:
+        job, lock = begin(request, Path(scratch), stack)
         if request.dry_run:
-            print("\n".join(plan(job)))
             return 0
-        if request.machine_rank == 0:
-            settle(job, Path(scratch))
-        if job.details["device"] == "cpu" and job.processes > 1:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or detectron2 would choose NCCL
-        several = job.world_size > 1
-        try:
-            with signals.passed_on() if several else contextlib.nullcontext():
-                launch(
-                    _guarded if several else work,
-                    job.processes,
-                    num_machines=request.num_machines,
-                    machine_rank=request.machine_rank,
-                    dist_url=request.dist_url,
-                    args=(job,),
-                )
-        except torch.multiprocessing.ProcessExitedException as error:
-            return error.exit_code if error.exit_code > 0 else 1
-        except NotFiniteError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+        if job.world_size == 1:
+            work(job)
+            return 0
+        handed = Path(scratch) / "job.pickle"
+        handed.write_bytes(pickle.dumps(job))
+        command = [sys.executable, str(ROOT / "tools/train_net.py"), "--job", str(handed)]
+        return launch.launch(command, job.processes, _place(request), lock)
+
+
+def begin(request: Request, scratch: Path, stack: contextlib.ExitStack) -> tuple[Job, list[int]]:
+    """Check everything; then hold and make the run folder, or print the plan of a dry run.
+
+    Returns:
+        The job, and the lock's descriptor on the first machine.
+    """
+    if request.output and not request.dry_run:
+        check_not_locked(Path(request.output))
+    job = prepare(request, scratch)
+    if request.dry_run:
+        print("\n".join(plan(job)))
+    if request.dry_run or request.machine_rank:
+        return job, []
+    lock = stack.enter_context(locked(job.folder))
+    if job.mode == "train":
+        check_empty(job.folder)  # again: another run may have begun meanwhile
+    settle(job, scratch)
+    return job, [lock]
+
+
+def _run_rank(job: Job) -> int:
+    """Do a checked job on this rank."""
+    dist.init(job.details["device"], GROUP_SECONDS)
+    comm.create_local_process_group(job.processes)
+    try:
+        work(job)
+    finally:
+        dist.shutdown()
     return 0
+
+
+def _run_as_rank(request: Request) -> int:
+    """Do a request as one of several ranks; the first one checks it."""
+    dist.init("cuda" if request.num_gpus else "cpu", GROUP_SECONDS)
+    with tempfile.TemporaryDirectory(prefix="convert-") as scratch, contextlib.ExitStack() as stack:
+        job = dist.from_main(lambda: begin(request, Path(scratch), stack)[0])
+        return 0 if request.dry_run else _run_rank(job)
+
+
+def _as_started(request: Request) -> Request:
+    """Return a request with the processes that the environment says, on GPUs if there are any."""
+    ranks = int(os.environ["WORLD_SIZE"])
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    on_cpu = request.num_processes or request.num_gpus == 0 or not torch.cuda.is_available()
+    return dataclasses.replace(
+        request,
+        num_gpus=0 if on_cpu else here,
+        num_processes=here if on_cpu else 0,
+        num_machines=ranks // here,
+        machine_rank=0,
+        dist_url="env://",
+    )
+
+
+def _place(request: Request) -> launch.Place:
+    """Return this machine's place among ``--num-machines``."""
+    if request.num_machines == 1:
+        return launch.ALONE
+    url = urllib.parse.urlsplit(request.dist_url)
+    if url.scheme != "tcp" or not url.hostname or not url.port:
+        raise InputError(f"--dist-url {request.dist_url} must be tcp://HOST:PORT")
+    return launch.Place(request.num_machines, request.machine_rank, url.hostname, url.port)
 
 
 def settle(job: Job, scratch: Path) -> None:
@@ -101,6 +164,7 @@ def settle(job: Job, scratch: Path) -> None:
     _write_json(job.folder / RUN_FILE, content)
 
 
+@dist.naming_lost_ranks()
 def work(job: Job) -> None:
     """Do the job on this rank."""
     if job.details["device"] == "cpu" and job.world_size > 1:
@@ -119,7 +183,7 @@ def _train(job: Job) -> None:
     checkpointer = Checkpointer(
         job.folder, cfg.SUITE.KEEP_LAST, cfg.SUITE.MILESTONE_PERIOD, job.facts
     )
-    newest = checkpointer.newest() if job.mode == "resume" else None
+    newest = checkpointer.newest_on_all() if job.mode == "resume" else None
     if newest and newest[1]["iteration"] + 1 >= cfg.SOLVER.MAX_ITER and _has_rows(job):
         say(f"{job.folder} is finished ({cfg.SOLVER.MAX_ITER} iterations): nothing to do")
         return
@@ -138,7 +202,7 @@ def _train(job: Job) -> None:
         trim_metrics(job.folder / "metrics.json", start)
     save_hooks = [
         SaveHook(checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
-        signals.StopOnSignal(checkpointer),
+        StopOnSignal(checkpointer),
     ]
     add_hooks(trainer, cfg, save_hooks, evaluate, _writers(job, start), is_terminal())
     if newest:
@@ -180,23 +244,6 @@ def _has_rows(job: Job) -> bool:
 
 def _is_of(job: Job, row: ResultRow) -> bool:
     return all(getattr(row, key) == job.identity[key] for key in ("protocol", "init", "seed"))
-
-
-def _guarded(job: Job) -> None:
-    """``work`` in a spawned process: errors that have a sentence end it with a status alone."""
-    try:
-        work(job)
-    except InputError as error:
-        print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except NotFiniteError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
-
-
-def sentence(error: InputError) -> str:
-    """Return the sentence of an error, out of the traceback that a data-loading process adds."""
-    return str(error).rsplit("InputError: ", 1)[-1].strip()
 
 
 def _log_setting(job: Job) -> None:

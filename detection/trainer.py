@@ -22,15 +22,17 @@ from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from core.errors import InputError
+from core import dist
+from core.errors import InputError, NonFiniteLoss
 from core.progress import Progress
+from core.signals import StopRequests
 from detection.backbones import solver_rules
 from detection.loader import EndlessBatches, Record
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-class NotFiniteError(RuntimeError):
+class NotFiniteError(NonFiniteLoss):
     """A loss became NaN or infinite; the message names iteration and losses."""
 
 
@@ -56,6 +58,7 @@ class Trainer(SimpleTrainer):
         super().__init__(model, loader, optimizer)
         self.scheduler = scheduler
         self.dtype = dtype
+        self.stop, self.must_stop = StopRequests(), False
         self.device_type = next(model.parameters()).device.type
         self.scaler = torch.amp.GradScaler(
             self.device_type, enabled=dtype is torch.float16 and self.device_type == "cuda"
@@ -65,27 +68,30 @@ class Trainer(SimpleTrainer):
         """One iteration: losses, gradients, step; a loss that is not finite stops the run.
 
         Raises:
-            NotFiniteError: naming the iteration and every loss, before the weights are touched.
+            NotFiniteError: on every rank, before the weights change.
         """
         start = time.perf_counter()
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
         with torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype is not None):
             losses = self._losses(data)
+        total = torch.stack(list(losses.values())).sum()
+        failed, self.must_stop = dist.any_rank(
+            ~torch.isfinite(total), self.stop.requested is not None, device=total.device
+        )
+        if failed:
+            raise self._stopped({k: v.item() for k, v in losses.items()})
         self.optimizer.zero_grad()
-        self.scaler.scale(torch.stack(list(losses.values())).sum()).backward()
+        self.scaler.scale(total).backward()
         self.after_backward()
-        try:
-            self._write_metrics(losses, data_time)
-        except FloatingPointError:
-            raise self._stopped({k: v.item() for k, v in losses.items()}) from None
+        self._write_metrics(losses, data_time)
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
     def _losses(self, data: list[Record]) -> dict[str, torch.Tensor]:
         try:
             losses: dict[str, torch.Tensor] = self.model(data)
-        except FloatingPointError:  # detectron2's region proposals look before the losses are there
+        except FloatingPointError:  # region proposals are checked before there are losses
             names = [name for name in self.storage.histories() if "loss" in name]
             last = {name: self.storage.history(name).latest() for name in names}
             raise self._stopped({f"{k} before": v for k, v in last.items()}) from None
@@ -199,6 +205,21 @@ def build_detector(cfg: CfgNode) -> nn.Module:
     return model
 
 
+def agree_on_finite(head: nn.Module, inputs: Any, outputs: tuple[list[torch.Tensor], ...]) -> None:
+    """As a forward hook of the region proposals' head: raise on all ranks where detectron2 would.
+
+    It raises where the outputs are not finite, so on one rank, and the others would wait for it.
+
+    Raises:
+        FloatingPointError: an output of any rank is not finite.
+    """
+    if head.training:
+        parts = [part for output in outputs for part in output]
+        finite = torch.stack([torch.isfinite(part).all() for part in parts]).all()
+        if dist.any_rank(~finite, device=finite.device)[0]:
+            raise FloatingPointError("region proposals are not finite")
+
+
 def build(cfg: CfgNode, records: list[Record]) -> Trainer:
     """Build model, optimiser and schedule on this rank; hooks are added by ``add_hooks``."""
     seed_torch(cfg.SEED)  # the same initial weights on all ranks
@@ -206,6 +227,9 @@ def build(cfg: CfgNode, records: list[Record]) -> Trainer:
     optimizer = OPTIMIZERS[cfg.SOLVER.OPTIMIZER](cfg, model)
     scheduler = build_lr_scheduler(cfg, optimizer)
     if comm.get_world_size() > 1:
+        proposals: Any = getattr(model, "proposal_generator", None)
+        if proposals is not None:
+            proposals.rpn_head.register_forward_hook(agree_on_finite)
         cuda = cfg.MODEL.DEVICE.startswith("cuda")
         model = DistributedDataParallel(
             model,

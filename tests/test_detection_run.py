@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from core.errors import InputError
+from core.errors import InputError, NonFiniteLoss, Stopped
+from core.files import locked
 from core.results import read_rows
 from detection.run import run
 from tests.detection_tiny import request, write_backbone, write_pair
@@ -97,7 +98,7 @@ def test_the_rows_say_all_that_a_table_needs(finished: Path, weights: Path) -> N
     assert (row.details["world_size"], row.details["bn"]) == (1, "BN")
     assert row.weights_path == str(weights)
     assert len(row.weights) == 64
-    assert len(row.config) == 64
+    assert len(row.config) == 12
     train, val = row.data.split("/")
     assert (len(train), len(val)) == (12, 12)
 
@@ -144,9 +145,8 @@ def test_sigterm_saves_at_the_end_of_its_iteration(
         os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    ended = _interrupted(data, weights, output, 2, terminate, SystemExit)
-    assert isinstance(ended, SystemExit)
-    assert ended.code == 75
+    ended = _interrupted(data, weights, output, 2, terminate, Stopped)
+    assert "model_0000002.pth is saved: go on with --resume" in str(ended)
     assert signal.getsignal(signal.SIGTERM) == before
     saved = sorted(path.name for path in output.glob("model_*.pth"))
     assert saved == ["model_0000001.pth", "model_0000002.pth"]  # the signal came after its hook
@@ -227,14 +227,11 @@ def test_two_trials_of_one_seed_agree_and_another_seed_differs(
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(
-    data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, weights: Path, tmp_path: Path
 ) -> None:
     wild = ["SOLVER.BASE_LR", "1e30", "SOLVER.WARMUP_ITERS", "0"]
-    status = run(request(data, tmp_path / "r", weights=str(weights), overrides=wild))
-    said = capsys.readouterr().err
-    assert status == 1
-    assert "not finite at iteration" in said
-    assert "loss_cls" in said
+    with pytest.raises(NonFiniteLoss, match=r"not finite at iteration \d+ \(.*loss_cls"):
+        run(request(data, tmp_path / "r", weights=str(weights), overrides=wild))
     assert not (tmp_path / "r" / "model_final.pth").exists()
     assert not (tmp_path / "r" / "results.jsonl").exists()
 
@@ -320,6 +317,63 @@ def test_two_ranks_train_with_shared_statistics(data: Path, weights: Path, tmp_p
     rows = read_rows(tmp_path / "r" / "results.jsonl")
     assert (rows[0].details["world_size"], rows[0].details["bn"]) == (2, "naiveSyncBN")
     assert (tmp_path / "r" / "log.txt.rank1").stat().st_size > 0
+
+
+def test_a_run_folder_in_use_is_refused(
+    data: Path, weights: Path, finished: Path, tmp_path: Path
+) -> None:
+    with locked(finished):
+        _refused(request(data, finished, seed=7, resume=True), "whole is in use by another run")
+    with locked(tmp_path / "new"):
+        _refused(request(data, tmp_path / "new", weights=str(weights)), "new is in use by another")
+
+
+NOT_FINITE = """
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+import detection
+from core import dist
+from core.errors import NonFiniteLoss
+from detectron2.utils import comm
+from detection.trainer import Trainer, agree_on_finite
+
+dist.init("cpu", 60)
+comm.create_local_process_group(2)
+
+class Loss(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, batch):
+        return {"loss_cls": self.weight * (float("nan") if batch == (1, 2) else 1.0)}
+
+loader = [(dist.rank(), iteration) for iteration in range(4)]  # the second rank's third is bad
+model = DistributedDataParallel(Loss())
+trainer = Trainer(model, loader, torch.optim.SGD(model.parameters(), lr=0.1), None)
+try:
+    trainer.train(0, 4)
+except NonFiniteLoss as error:
+    assert "not finite at iteration 2" in str(error), error
+    assert abs(model.module.weight.item() - 0.8) < 1e-6  # two steps
+else:
+    raise AssertionError("no error")
+
+head = nn.Identity()
+head.register_forward_hook(agree_on_finite)
+bad = torch.tensor([float("inf") if dist.rank() else 0.0])
+try:
+    head(([bad], [torch.zeros(1)]))
+except FloatingPointError:
+    dist.shutdown()
+else:
+    raise AssertionError("no error")
+"""
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_ends_both(run_ranks: Any) -> None:
+    run_ranks(NOT_FINITE, 2)
 
 
 NAIVE_SYNC = """

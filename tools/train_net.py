@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--num-machines", type=int, default=1)
     p.add_argument("--machine-rank", type=int, default=0)
     p.add_argument("--dist-url", default="auto", help="for several machines: tcp://HOST:PORT")
+    p.add_argument("--job", default="", help=argparse.SUPPRESS)  # of a process that it starts
     p.add_argument("--resume", action="store_true", help="go on with the run in --output")
     p.add_argument("--eval-only", action="store_true", help="judge a trained detector")
     p.add_argument("--dry-run", action="store_true", help="check, say what would be done, and end")

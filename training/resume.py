@@ -6,7 +6,7 @@ import random
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from core.errors import InputError
 from core.files import atomic_file
 from models import amp, checkpoint
 
+T = TypeVar("T")
 FORMAT = "transfer-suite resume state"
 VERSION = 2  # 2: recipe by key, legs
 PARTS = ("position", "objective", "optimizer", "scaler", "random", "recipe", "legs")
@@ -113,26 +114,56 @@ def load_on_all(run_dir: Path, check: Check) -> dict[str, Any]:
     Raises:
         InputError: on every rank; as ``load``, by ``check``, or a rank reads another state.
     """
-    chosen: dict[str, Any] = {}
 
-    def choose() -> tuple[str, dict[str, Any]]:
+    def choose() -> tuple[Path, dict[str, Any]]:
         path, content = load(run_dir)
         check(content["recipe"], Position(**content["position"]))
-        chosen.update(content)
-        return path.name, content["position"]
+        return path, content
 
-    name, position = dist.from_main(choose)
+    found = read_on_all(
+        choose, lambda path: checkpoint.load_plain(run_dir / path.name), lambda c: c["position"]
+    )
+    assert found is not None
+    return found[1]
+
+
+def read_on_all(
+    choose: Callable[[], tuple[Path, T] | None],
+    read: Callable[[Path], T],
+    mark: Callable[[T], Any],
+) -> tuple[Path, T] | None:
+    """Return the file, with its content, that the first rank chooses, on every rank.
+
+    Args:
+        choose: returns a file and its content, or None; called on the first rank.
+        read: returns a file's content; called on the others.
+        mark: returns what must be the same of the contents, small and picklable.
+
+    Raises:
+        InputError: on every rank; by ``choose``, or a rank reads another content.
+    """
+    found: tuple[Path, T] | None = None
+
+    def of_main() -> tuple[Path, Any] | None:
+        nonlocal found
+        found = choose()
+        return found and (found[0], mark(found[1]))
+
+    chosen = dist.from_main(of_main)
+    if chosen is None:
+        return None
+    path, expected = chosen
     problem = ""
     try:
-        chosen = chosen or checkpoint.load_plain(run_dir / name)
-        if chosen["position"] != position:
-            problem = f"rank {dist.rank()} reads another {name} in {run_dir} than the first rank"
+        found = found or (path, read(path))
+        if mark(found[1]) != expected:
+            problem = f"rank {dist.rank()} reads another {path} than the first rank"
     except InputError as error:
         problem = f"rank {dist.rank()}: {error}"
     problems = [said for said in dist.gather_objects(problem) if said]
     if problems:
         raise InputError(f"{problems[0]}; a run folder must be on storage that all machines share")
-    return chosen
+    return found
 
 
 def check_recipe(run_dir: Path, begun: Mapping[str, Any], now: Mapping[str, Any]) -> None:
