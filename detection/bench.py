@@ -12,7 +12,7 @@ from detection import weights as weight_files
 from detection.cfg import set_norms
 from detection.checkpointer import bare
 from detection.job import Job, Request
-from detection.loader import Record, training_records
+from detection.loader import Records, training_records
 from detection.trainer import Trainer, build, build_detector, first_hooks, seed_torch
 from detection.weights import Weights
 
@@ -69,7 +69,7 @@ class Bench:
         return weight_files.read_weights(path, self.folder / "unused.pth") if path else None
 
     @functools.cached_property
-    def records(self) -> list[Record]:
+    def records(self) -> Records:
         """The training data."""
         return training_records(self.cfg)
 
@@ -83,7 +83,7 @@ class Bench:
             raise NothingToCheck("no --weights: the run starts from random initialisation")
         return self.weights
 
-    def trainer(self, cfg: CfgNode, records: list[Record]) -> Trainer:
+    def trainer(self, cfg: CfgNode, records: Records) -> Trainer:
         """Return a trainer at iteration 0, with the run's weights."""
         trainer = build(cfg, records)
         if self.weights is not None:

@@ -35,13 +35,16 @@ LAYOUTS = {
 }
 
 
-def open_named(name: str, shapes: dict[str, Any], scratch: Path | None = None) -> Split:
+def open_named(
+    name: str, shapes: dict[str, Any], scratch: Path | None = None, decode: bool = False
+) -> Split:
     """Open ``shapes_train``, ``shapes_val`` or a data set that detectron2 knows.
 
     Args:
         name: as in ``DATASETS.TRAIN``.
         shapes: the config's ``SUITE.SHAPES``.
         scratch: where the embedded data are drawn if ``datasets/`` has them not; None: there.
+        decode: decode every image.
 
     Raises:
         InputError: unknown name, or files that are not there: where they were looked for, and how
@@ -61,9 +64,10 @@ def open_named(name: str, shapes: dict[str, Any], scratch: Path | None = None) -
     for place in places:
         if not place.exists():
             raise InputError(_missing(name, place, kind))
+    foreign.check_installed(kind)
     if kind in foreign.OWN_FORMATS:
-        return foreign.open_split(name, kind)
-    return open_pair(places[0], places[1], split=split, name=stem, kind=kind)
+        return foreign.open_split(name, kind, decode)
+    return open_pair(places[0], places[1], split=split, name=stem, kind=kind, decode=decode)
 
 
 def open_shapes(split: str, shapes: dict[str, Any], scratch: Path | None = None) -> Split:

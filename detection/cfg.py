@@ -5,11 +5,13 @@ keys and wrong types are errors; YAML tags are refused. What a run may choose wi
 protocol (output folder, seed, device, weights, data) is listed in ``core.identity.NEUTRAL``.
 """
 
+import math
 from ast import literal_eval
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import detectron2.modeling as registries
 import yaml
 from detectron2.config import CfgNode, get_cfg
 
@@ -20,6 +22,42 @@ from detection import backbones
 from detection import heads as heads  # registers the head that the C4 protocols name
 
 SYNC_NORM, NAIVE_NORM = "SyncBN", "naiveSyncBN"
+CHOICES: dict[str, Iterable[str]] = {  # what the keys can name that choose an implementation
+    "MODEL.META_ARCHITECTURE": ("GeneralizedRCNN", "RetinaNet"),
+    "MODEL.DEVICE": ("cuda", "cpu"),  # which GPUs: --num-gpus, CUDA_VISIBLE_DEVICES
+    "MODEL.RESNETS.DEPTH": ("18", "34", "50", "101", "152"),
+    "INPUT.FORMAT": ("RGB", "BGR"),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
+    "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
+    "INPUT.MASK_FORMAT": ("polygon", "bitmask"),
+    "SOLVER.LR_SCHEDULER_NAME": (
+        "WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR",
+    ),
+    "SOLVER.WARMUP_METHOD": ("linear", "constant"),
+}  # fmt: skip
+REGISTRIES = {
+    "MODEL.BACKBONE.NAME": registries.BACKBONE_REGISTRY,
+    "MODEL.PROPOSAL_GENERATOR.NAME": registries.PROPOSAL_GENERATOR_REGISTRY,
+    "MODEL.RPN.HEAD_NAME": registries.RPN_HEAD_REGISTRY,
+    "MODEL.ANCHOR_GENERATOR.NAME": registries.ANCHOR_GENERATOR_REGISTRY,
+    "MODEL.ROI_HEADS.NAME": registries.ROI_HEADS_REGISTRY,
+}
+NORMS = ("", "BN", SYNC_NORM, NAIVE_NORM, "naiveSyncBN_N", "nnSyncBN", "FrozenBN", "GN", "LN")
+POSITIVE = (
+    "SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH", "SOLVER.BASE_LR", "INPUT.MAX_SIZE_TRAIN",
+    "INPUT.MAX_SIZE_TEST", "TEST.DETECTIONS_PER_IMAGE", "TEST.PRECISE_BN.NUM_ITER",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "SEED", "SOLVER.WEIGHT_DECAY", "SOLVER.WEIGHT_DECAY_NORM", "SOLVER.MOMENTUM", "SOLVER.GAMMA",
+    "SOLVER.WARMUP_ITERS", "SOLVER.WARMUP_FACTOR", "SOLVER.CHECKPOINT_PERIOD", "TEST.EVAL_PERIOD",
+    "INPUT.MIN_SIZE_TEST", "DATALOADER.NUM_WORKERS", "SUITE.KEEP_LAST", "SUITE.MILESTONE_PERIOD",
+    "SUITE.EXPECTED_HOURS",
+)  # fmt: skip
+UNUSED = {  # keys of detectron2 that nothing here reads, with what they may be
+    "TEST.AUG.ENABLED": False,
+    "TEST.EXPECTED_RESULTS": [],
+    "MODEL.LOAD_PROPOSALS": False,
+}
 
 
 def default_cfg() -> CfgNode:
@@ -62,6 +100,51 @@ def load_cfg(name: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
     for key, value in parse_overrides(overrides):
         merge(cfg, _nested(key, value), "command line")
     return cfg
+
+
+def check_values(cfg: CfgNode) -> None:
+    """Raise InputError unless each key has a value that it can have.
+
+    What a detector of these values cannot be is left to ``detection.trainer.check_builds``.
+    """
+    values = dict(_leaves(cfg))
+    for key, value in values.items():
+        name = key.rsplit(".", 1)[-1]
+        known = CHOICES.get(key) or (NORMS if name == "NORM" else None)
+        if key in REGISTRIES:
+            known = [entry for entry, _ in REGISTRIES[key]]
+        if known is not None and str(value) not in known:
+            names = ", ".join(name or "'' (none)" for name in known)
+            which = "; CUDA_VISIBLE_DEVICES says which GPUs" if key == "MODEL.DEVICE" else ""
+            raise InputError(f"{key} is {value!r}: it can be {names}{which}")
+    for keys, least in ((POSITIVE, "more than 0"), (NOT_NEGATIVE, "0 or more")):
+        for key in keys:
+            value = values[key]
+            wrong = value is not None and (not math.isfinite(value) or value < 0)
+            if wrong or (value == 0 and keys is POSITIVE):
+                raise InputError(f"{key} is {value}: it must be {least}")
+    for key in ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"):
+        if len(values[key]) != 3 or not all(map(_is_number, values[key])):
+            raise InputError(f"{key} is {values[key]}: it must be three numbers, in INPUT.FORMAT")
+    sizes = cfg.INPUT.MIN_SIZE_TRAIN
+    wanted = 2 if cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range" else len(sizes)
+    if not sizes or len(sizes) != wanted or not all(_is_number(n) and n > 0 for n in sizes):
+        raise InputError(
+            f"INPUT.MIN_SIZE_TRAIN is {sizes}: it must be one or more sizes in pixels, or, with "
+            "INPUT.MIN_SIZE_TRAIN_SAMPLING range, the least and the largest"
+        )
+    steps = list(cfg.SOLVER.STEPS)
+    if not all(map(_is_number, steps)) or steps != sorted(set(steps)):
+        raise InputError(f"SOLVER.STEPS is {cfg.SOLVER.STEPS}: it must be iterations that rise")
+    absent = sorted(set(cfg.MODEL.FPN.IN_FEATURES) - set(cfg.MODEL.RESNETS.OUT_FEATURES))
+    if absent and "resnet_fpn" in cfg.MODEL.BACKBONE.NAME:
+        raise InputError(
+            f"MODEL.FPN.IN_FEATURES names {absent[0]!r}, which is not one of "
+            f"MODEL.RESNETS.OUT_FEATURES {list(cfg.MODEL.RESNETS.OUT_FEATURES)}"
+        )
+    for key, only in UNUSED.items():
+        if values[key] != only:
+            raise InputError(f"{key} {values[key]} is not supported: leave it at {only}")
 
 
 def parse_overrides(overrides: Sequence[str]) -> list[tuple[str, str]]:
@@ -169,6 +252,10 @@ def _coerced(value: Any, old: Any) -> Any:
     if isinstance(value, str):
         return repr(value)  # a string that looks like a number stays a string
     return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _literal(text: Any) -> Any:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
@@ -21,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from core import dist
 from core.errors import InputError, Stopped
-from detection.loader import EndlessBatches, Record
 from detection.logs import say
 from models.checkpoint import atomic_file, load_plain, newest_valid, save_atomically
 from training import resume
@@ -144,18 +142,26 @@ class StopOnSignal(HookBase):
         self.trainer.stop.__exit__(*sys.exc_info())
 
 
-def restore(trainer: Any, content: dict[str, Any], cfg: CfgNode, records: list[Record]) -> int:
+def restore(trainer: Any, content: dict[str, Any]) -> int:
     """Put a trainer where a checkpoint stands: model, optimiser, schedule, data.
 
     Its hooks must have been registered: the schedule is one of them.
 
     Returns:
         The iteration to go on with.
+
+    Raises:
+        InputError: the checkpoint lacks something, or is of another network.
     """
-    bare(trainer.model).load_state_dict(content["model"])
-    trainer.load_state_dict(content["trainer"])
+    try:
+        bare(trainer.model).load_state_dict(content["model"])
+        trainer.load_state_dict(content["trainer"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise InputError(f"the checkpoint to resume from does not fit the run: {said}") from None
     start = int(content["iteration"]) + 1
-    trainer.reset_data_loader(lambda: EndlessBatches(cfg, records, start))
+    batches = trainer.data_loader.again(start)
+    trainer.reset_data_loader(lambda: batches)
     return start
 
 
@@ -178,7 +184,12 @@ def _read_or_say(path: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     content = load_plain(path, map_location=torch.device("cpu"))
-    absent = {"model", "trainer", "iteration"} - set(content if isinstance(content, dict) else {})
-    if absent:
-        raise InputError(f"{path} is not a checkpoint of a detection run: no {min(absent)!r}")
-    return dict(content)
+    content = content if isinstance(content, dict) else {}
+    kinds = {"model": dict, "trainer": dict, "iteration": int, "world_size": int}
+    for key, kind in kinds.items():
+        if not isinstance(content.get(key), kind):
+            raise InputError(f"{path} is not a checkpoint of a detection run: no {key!r}")
+    for key in ("hooks", "optimizer"):  # detectron2 goes on without them, from a new schedule
+        if key not in content["trainer"]:
+            raise InputError(f"{path} is not a checkpoint of a detection run: no state of {key!r}")
+    return content

@@ -1,4 +1,4 @@
-"""The nine checks of a preflight: each claims one thing of the planned run, and says one fact.
+"""The ten checks of a preflight: each claims one thing of the planned run, and says one fact.
 
 A check returns its fact, or raises ``Failed`` or ``NotRun``. ``CHECKS`` names them in their order.
 """
@@ -22,10 +22,12 @@ from core.disk import GB
 from core.progress import format_seconds
 from detection import catalogue, foreign, parity
 from detection import weights as weight_files
+from detection.annotations import read_annotations
 from detection.bench import Bench, Failed, NothingToCheck, NotRun
 from detection.checkpointer import FINAL, Checkpointer, SaveHook, bare, restore
-from detection.datasets import Split, open_pair, read_annotations
-from detection.evaluation import evaluate_model
+from detection.datasets import Split, open_pair
+from detection.evaluation import check_split, evaluate_model
+from detection.loader import Records
 from detection.plan import disk, world
 from detection.scores import result_rows
 from detection.trainer import Trainer, seed_torch
@@ -87,6 +89,14 @@ def check_input(bench: Bench) -> str:
     return weight_files.describe(weight_files.config_convention(bench.cfg))
 
 
+def check_truth(bench: Bench) -> str:
+    """The validation data's own objects, taken as detections, have an AP of 100."""
+    job = bench.job
+    if job.val.kind == "cityscapes":
+        raise NothingToCheck("Cityscapes' script takes hours over as many masks")
+    return "; ".join(check_split(bench.cfg, job.val)).replace(f"{job.val.json}: ", "")
+
+
 def check_iterations(bench: Bench) -> str:
     """Some iterations of the run are finite; how long they take, and then the whole schedule."""
     solver = bench.cfg.SOLVER
@@ -141,8 +151,10 @@ def check_memory(bench: Bench) -> str:
 def check_overfit(bench: Bench) -> str:
     """The loss falls on one image that is seen again and again: gradients reach what they must."""
     steps, factor = bench.limits.overfit_steps, bench.limits.overfit_factor
-    full = [r for r in bench.records if any(not a.get("iscrowd") for a in r["annotations"])]
-    if not full:
+    full = next(
+        (r for r in bench.records if any(not a.get("iscrowd") for a in r["annotations"])), None
+    )
+    if full is None:
         raise NotRun("no training image has an object")
     cfg = bench.cfg.clone()
     cfg.defrost()
@@ -157,7 +169,7 @@ def check_overfit(bench: Bench) -> str:
     cfg.INPUT.CROP.ENABLED = False
     cfg.INPUT.MIN_SIZE_TRAIN = tuple(cfg.INPUT.MIN_SIZE_TRAIN)[:1]
     cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING = "choice"
-    trainer = bench.trainer(cfg, full[:1])
+    trainer = bench.trainer(cfg, Records.of([full]))
     _train(trainer, 0, steps)
     bench.trained = trainer
     losses = _history(trainer, "total_loss")
@@ -200,7 +212,7 @@ def check_resume(bench: Bench) -> str:
     saved = [p for p in checkpointer.files() if p.name == f"model_{half - 1:07d}.pth"]
     content = torch.load(saved[0], map_location="cpu", weights_only=True)
     resumed = bench.trainer(bench.cfg, bench.records)
-    start = restore(resumed, content, bench.cfg, bench.records)
+    start = restore(resumed, content)
     _train(resumed, start, number)
     ends = [bare(trainer.model).state_dict() for trainer in (whole, resumed)]
     if whole.device_type == "cpu":
@@ -231,6 +243,7 @@ CHECKS = {
     "parity": Check(check_parity, ("keys",)),
     "stem": Check(check_stem, ("keys",)),
     "input": Check(check_input),
+    "truth": Check(check_truth),
     "iterations": Check(check_iterations, ("keys",)),
     "memory": Check(check_memory, ("iterations",)),
     "overfit": Check(check_overfit, ("keys",)),

@@ -1,23 +1,27 @@
 """COCO's twelve numbers for boxes and masks. pycocotools' are the numbers of record."""
 
+import collections
 import contextlib
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pycocotools import mask as masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from core.errors import InputError
+from detection.annotations import has_extent
 
 STATS = (
     "AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl",
 )  # fmt: skip
 ALL_SIZES = (0.0, 1e10)  # square pixels, COCO's "all"
+COUNTED = {"bbox": 100, "segm": 100, "keypoints": 20}  # detections of a class in an image
 KEYPOINT_STATS = ("AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl")
 
 
@@ -68,7 +72,12 @@ def evaluate(
         judge.accumulate()
         judge.summarize()
     precision = np.asarray(judge.eval["precision"])
-    classes = [entry["name"] for entry in truth.loadCats(sorted(truth.getCatIds()))]
+    categories = truth.loadCats(sorted(truth.getCatIds()))
+    named = collections.Counter(entry["name"] for entry in categories)
+    classes = [
+        entry["name"] if named[entry["name"]] == 1 else f"{entry['name']} ({entry['id']})"
+        for entry in categories
+    ]
     return Evaluation(
         iou_type=iou_type,
         stats={k: _defined(v) for k, v in zip(names, judge.stats, strict=True)},
@@ -89,6 +98,70 @@ def matches(
         judge.params.areaRng, judge.params.areaRngLbl = [list(ALL_SIZES)], ["all"]
         judge.evaluate()
     return [entry for entry in judge.evalImgs if entry is not None]
+
+
+def check_truth(
+    path: str | Path,
+    tasks: Sequence[str],
+    evaluate_task: Callable[[COCO, list[dict[str, Any]], str], Evaluation],
+    per_image: int = 0,
+) -> list[str]:
+    """Evaluate the annotations against themselves: their objects as detections have an AP of 100.
+
+    Args:
+        path: the annotations, validated (``detection.annotations``).
+        tasks: "bbox", "segm", "keypoints".
+        evaluate_task: what will evaluate a model: truth, detections and task to an evaluation.
+        per_image: detections that count in an image, of all classes; 0: ``COUNTED`` of each class.
+
+    Returns:
+        Sentences: what was found, and which objects no detector can find.
+
+    Raises:
+        InputError: the evaluation fails, or AP is another one.
+    """
+    truth = read_truth(path)
+    notes, found = [], {}
+    for task in tasks:
+        own = {
+            a["id"]: _as_detection(truth, a, task)
+            for a in truth.dataset["annotations"]
+            if not a.get("iscrowd")
+        }
+        lost = [key for key, detection in own.items() if detection is None]
+        detections = [detection for detection in own.values() if detection is not None]
+        kept = [a for a in truth.dataset["annotations"] if own.get(a["id"], a) is not None]
+        try:
+            result = evaluate_task(indexed(truth.dataset | {"annotations": kept}), detections, task)
+        except InputError:
+            raise
+        except Exception as error:  # whatever it is, it would end the run after its last iteration
+            raise InputError(
+                f"{path} cannot be evaluated ({task}): {type(error).__name__}: {error}"
+            ) from None
+        places = ("image_id",) if per_image else ("image_id", "category_id")
+        counts = collections.Counter(tuple(d[key] for key in places) for d in detections)
+        most, counted = max(counts.values(), default=0), per_image or COUNTED[task]
+        ap = found[task] = result.stats["AP"]
+        if most > counted:
+            notes.append(
+                f"{path}: an image has {most} objects where the first {counted} detections count: "
+                f"{task} AP cannot reach 100"
+            )
+        elif ap is None or ap < 1 - 1e-6:
+            said = "undefined" if ap is None else f"{100 * ap:.2f}"
+            raise InputError(
+                f"{path}: its own objects, taken as detections, have a {task} AP that is {said}, "
+                "and should have 100: the annotations contradict each other"
+            )
+        if lost and task != "keypoints":  # objects without keypoints are legion, and do not count
+            what = "box covers nothing" if task == "bbox" else "mask has no pixel"
+            notes.append(
+                f"warning: {path}: no detector can find {len(lost)} of the objects, such as "
+                f"annotation {lost[0]}, whose {what}"
+            )
+    aps = ", ".join(f"{task} {100 * ap:.4g}" for task, ap in found.items() if ap is not None)
+    return [f"{path}: AP of its own objects, taken as detections: {aps}", *notes]
 
 
 def choose(backend: str) -> str:
@@ -120,6 +193,23 @@ def indexed(content: dict[str, Any]) -> COCO:
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
     return truth
+
+
+def _as_detection(truth: COCO, annotation: dict[str, Any], task: str) -> dict[str, Any] | None:
+    """Return an annotation as a detection of score 1; None if it has nothing to find."""
+    detection = {key: annotation[key] for key in ("image_id", "category_id")} | {"score": 1.0}
+    if task == "bbox":
+        box = annotation["bbox"]
+        return detection | {"bbox": box} if has_extent(box) else None
+    if task == "keypoints":
+        given = annotation.get("num_keypoints")
+        return detection | {"keypoints": annotation["keypoints"]} if given else None
+    if not annotation.get("segmentation"):
+        return detection  # named by the evaluation
+    rle = dict(truth.annToRLE(annotation))
+    if isinstance(rle["counts"], bytes):
+        rle["counts"] = rle["counts"].decode()
+    return detection | {"segmentation": rle} if masks.area(rle) else None
 
 
 def _judge(truth: COCO, detections: Sequence[dict[str, Any]], iou_type: str, backend: str) -> Any:

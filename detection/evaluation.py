@@ -12,7 +12,7 @@ from torch import nn
 
 from core.progress import Progress
 from detection import foreign
-from detection.coco_backends import Evaluation
+from detection.coco_backends import Evaluation, check_truth
 from detection.coco_backends import evaluate as judge
 from detection.datasets import Split
 from detection.loader import test_loader
@@ -76,6 +76,36 @@ def evaluate_model(
     if isinstance(evaluator, Evaluator):
         return evaluator.evaluations
     return report(foreign.as_evaluations(results or {}), folder)
+
+
+def check_split(cfg: CfgNode, split: Split) -> list[str]:
+    """Evaluate a split's own objects by the rules that will evaluate the detector.
+
+    Cityscapes' masks are not: its script reads them from a file each, which takes hours.
+
+    Returns:
+        Sentences on what was found.
+
+    Raises:
+        InputError: the evaluation fails, or AP is not 100.
+    """
+    if split.kind == "cityscapes":
+        return []
+    if split.kind == "voc":
+        return foreign.check_voc(split)
+    if split.kind == "lvis":
+        return check_truth(
+            split.json,
+            tasks_of(cfg),
+            lambda truth, found, task: foreign.judge_lvis(truth.dataset, found, task),
+            per_image=foreign.LVIS_DETECTIONS,
+        )
+    backend, sigmas = cfg.SUITE.COCO_BACKEND, list(cfg.TEST.KEYPOINT_OKS_SIGMAS)
+    return check_truth(
+        split.json,
+        tasks_of(cfg),
+        lambda truth, found, task: judge(truth, found, task, backend, sigmas),
+    )
 
 
 def tasks_of(cfg: CfgNode) -> list[str]:

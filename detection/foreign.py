@@ -3,13 +3,16 @@
 VOC and Cityscapes are loaded and judged by detectron2's code, LVIS is judged by hotcoco.
 """
 
+import contextlib
 import functools
 import importlib.util
+import io
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_pascal_voc
 from detectron2.data.datasets.cityscapes import load_cityscapes_instances
@@ -18,15 +21,24 @@ from detectron2.evaluation import (
     DatasetEvaluator,
     PascalVOCDetectionEvaluator,
 )
-from detectron2.structures import BoxMode
+from detectron2.structures import Boxes, BoxMode, Instances
 
 from core.errors import InputError
+from detection.annotations import read_annotations
 from detection.coco_backends import Evaluation
-from detection.datasets import Split, read_annotations
+from detection.datasets import Split, check_all_decode, check_present
 
 OWN_FORMATS = ("voc", "cityscapes")  # those that have no json
-CITYSCAPES_NEEDS = ("cityscapesscripts", "shapely")
+NEEDS = {"cityscapes": ("cityscapesscripts", "shapely"), "lvis": ("hotcoco",)}
+LVIS_DETECTIONS = 300  # that count in an image
 LVIS_STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
+
+
+def check_installed(kind: str) -> None:
+    """Raise InputError unless the packages that read or evaluate a kind of data are installed."""
+    packages = NEEDS.get(kind, ())
+    if not all(map(importlib.util.find_spec, packages)):
+        raise InputError(f"evaluating {kind} data needs `pip install {' '.join(packages)}`")
 
 
 def voc_places(folder: Path, split: str) -> list[Path]:
@@ -35,23 +47,26 @@ def voc_places(folder: Path, split: str) -> list[Path]:
     return [listing, folder / "Annotations", folder / "JPEGImages"]
 
 
-def open_split(name: str, kind: str) -> Split:
+def open_split(name: str, kind: str, decode: bool = False) -> Split:
     """Describe a split of VOC or Cityscapes; its records are read once, so that damage shows.
 
+    Args:
+        name: in detectron2's catalogue.
+        kind: "voc" or "cityscapes".
+        decode: decode every image.
+
     Raises:
-        InputError: an annotation or image is missing, or a package that reads them is.
+        InputError: an annotation or image is missing or damaged.
     """
     meta = MetadataCatalog.get(name)
-    if kind == "cityscapes" and not all(map(importlib.util.find_spec, CITYSCAPES_NEEDS)):
-        packages = " ".join(CITYSCAPES_NEEDS)
-        raise InputError(f"Cityscapes needs its own script: `pip install {packages}`")
     try:
         records = DatasetCatalog.get(name)
     except (OSError, ValueError, SyntaxError, AttributeError, AssertionError) as error:
         raise InputError(f"data set {name!r} cannot be read: {error}") from None
-    for record in records:
-        if not Path(record["file_name"]).is_file():
-            raise InputError(f"image {record['file_name']} does not exist, but {name} names it")
+    files = [(Path(r["file_name"]), (r["width"], r["height"])) for r in records]
+    check_present((path for path, _ in files), name)
+    if decode:
+        check_all_decode(files)
     voc = kind == "voc"
     stem, _, split = name.rpartition("_")
     return Split(
@@ -129,8 +144,15 @@ def lvis_records(split: Split) -> list[dict[str, Any]]:
     return [records[key] for key in sorted(records)]
 
 
-def judge_lvis(json_path: Path, detections: list[dict[str, Any]], task: str) -> Evaluation:
-    """Judge detections by LVIS's federated rules: 300 an image, classes judged where verified.
+def judge_lvis(
+    annotations: Path | dict[str, Any], detections: list[dict[str, Any]], task: str
+) -> Evaluation:
+    """Evaluate detections by LVIS's federated rules: 300 an image, classes where they are verified.
+
+    Args:
+        annotations: the json, or its content.
+        detections: in COCO's result format.
+        task: "bbox" or "segm".
 
     Returns:
         AP of all, by size, and of rare, common and frequent classes (APr, APc, APf); 0..1.
@@ -138,18 +160,18 @@ def judge_lvis(json_path: Path, detections: list[dict[str, Any]], task: str) -> 
     Raises:
         InputError: hotcoco is not installed.
     """
-    if not importlib.util.find_spec("hotcoco"):
-        raise InputError("LVIS evaluation needs `pip install hotcoco`")
+    check_installed("lvis")
     import hotcoco
 
-    truth = hotcoco.COCO(str(json_path))
+    truth = hotcoco.COCO(annotations if isinstance(annotations, dict) else str(annotations))
     fields = "bbox" if task == "bbox" else "segmentation"
     kept = ("image_id", "category_id", "score", fields)
     found = truth.loadRes([{k: d[k] for k in kept} for d in detections])
     judge = hotcoco.COCOeval(truth, found, task, lvis_style=True)
-    judge.evaluate()
-    judge.accumulate()
-    judge.summarize()
+    with contextlib.redirect_stdout(io.StringIO()):
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
     stats = judge.get_results()
     values = {k: float(stats[k]) if stats[k] > -1 else None for k in LVIS_STATS}
     return Evaluation(task, values, {}, no_curves())
@@ -180,6 +202,28 @@ def evaluator(split: Split) -> DatasetEvaluator:
     """Return detectron2's own evaluator of VOC or Cityscapes."""
     makers = {"voc": PascalVOCDetectionEvaluator, "cityscapes": CityscapesEvaluator}
     return makers[split.kind](split.catalog_name)
+
+
+def check_voc(split: Split) -> list[str]:
+    """Evaluate a VOC split's own objects: see ``detection.evaluation.check_split``.
+
+    AP may stay below 100: a class without objects has 0, and of two equal boxes one counts.
+    """
+    judge = evaluator(split)
+    judge.reset()
+    for record in DatasetCatalog.get(split.catalog_name):
+        own = Instances((record["height"], record["width"]))
+        boxes = [a["bbox"] for a in record["annotations"]]
+        own.pred_boxes = Boxes(torch.tensor(boxes).reshape(-1, 4))
+        own.scores = torch.ones(len(boxes))
+        own.pred_classes = torch.tensor([a["category_id"] for a in record["annotations"]])
+        judge.process([record], [{"instances": own}])
+    try:
+        (found,) = as_evaluations(judge.evaluate())
+    except (AttributeError, TypeError, ValueError, SyntaxError) as error:
+        raise InputError(f"{split.json} cannot be evaluated by VOC's rules: {error}") from None
+    ap = 100 * (found.stats["AP"] or 0.0)
+    return [f"{split.json}: AP of its own objects, taken as detections: bbox {ap:.4g}"]
 
 
 def as_evaluations(results: dict[str, dict[str, float]]) -> list[Evaluation]:

@@ -109,12 +109,19 @@ def read_run(cfg: CfgNode, data: str) -> dict[str, Any]:
     if not cfg.OUTPUT_DIR:
         raise InputError("--resume needs --output (or OUTPUT_DIR): the folder of the run")
     path = Path(cfg.OUTPUT_DIR) / RUN_FILE
+    if not path.is_file():
+        raise InputError(
+            f"--resume: {cfg.OUTPUT_DIR} holds no run to go on with; start it without --resume"
+        )
     try:
         earlier: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        earlier = {}
+    if not _is_record(earlier):
         raise InputError(
-            f"--resume: {cfg.OUTPUT_DIR} holds no run to go on with; start it without --resume"
-        ) from None
+            f"--resume: {path} is damaged; start anew in another folder (--eval-only --weights "
+            f"{cfg.OUTPUT_DIR}/model_final.pth evaluates what has been trained)"
+        )
     old = earlier["facts"]["detection"]
     changed = configs.changed_keys(cfg, old["config"])
     if changed or old["seed"] != cfg.SEED:
@@ -132,6 +139,22 @@ def read_run(cfg: CfgNode, data: str) -> dict[str, Any]:
                 "another folder"
             )
     return earlier
+
+
+def _is_record(content: Any) -> bool:
+    """Whether the content of a RUN_FILE has what a resume reads."""
+    try:
+        own, identity = content["facts"]["detection"], content["identity"]
+        texts = [content["weights_file"], *(identity[k] for k in ("weights", "weights_path"))]
+        texts += [identity.get("data") or "/", identity["protocol"], identity["init"]]
+        return (
+            isinstance(own["config"], dict)
+            and isinstance(own["seed"], int)
+            and all(isinstance(text, str) for text in texts)
+            and texts[3].count("/") == 1
+        )
+    except (KeyError, TypeError, AttributeError):
+        return False
 
 
 def check_same_weights(earlier: dict[str, Any], given: Weights) -> None:

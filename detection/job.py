@@ -25,9 +25,10 @@ from detection.checkpointer import Checkpointer
 from detection.coco_backends import choose
 from detection.compat import versions
 from detection.datasets import Split, check_same_classes, open_pair
+from detection.evaluation import check_split
 from detection.identity import check_same_weights, data_of, facts_of, identity_of, read_run
 from detection.logs import check_wandb
-from detection.trainer import check_batch, check_numbers
+from detection.trainer import check_batch, check_builds, check_numbers
 from detection.weights import Weights
 
 COCO_KEYPOINTS = 17  # how many sigmas stand for an empty TEST.KEYPOINT_OKS_SIGMAS
@@ -58,6 +59,7 @@ class Request:
     assume_convention: bool = False
     convention_from_weights: bool = False
     job: str = ""  # a rank's: the file of the job that has been checked
+    check_images: bool = False  # decode every image first
     dry_run: bool = False  # only say what would be done: write nothing, on any hardware
     overrides: Sequence[str] = ()
 
@@ -85,13 +87,14 @@ class Job:
         return Path(self.cfg.OUTPUT_DIR)
 
 
-def prepare(request: Request, scratch: Path, judge_weights: bool = True) -> Job:
+def prepare(request: Request, scratch: Path, checks: bool = True) -> Job:
     """Check all that can be known before the first iteration.
 
     Args:
         request: what the command line asks for.
         scratch: gets the conversion of a raw checkpoint and, in a dry run, drawn data.
-        judge_weights: whether weights that do not fit the config are an error here.
+        checks: False leaves out what a preflight checks and reports itself: whether the weights fit
+            the config, and the evaluation of the validation data against themselves.
 
     Raises:
         InputError: one sentence on what is wrong and what would be right.
@@ -106,12 +109,15 @@ def prepare(request: Request, scratch: Path, judge_weights: bool = True) -> Job:
     cfg.SUITE.PROTOCOL = configs.protocol_name(cfg, changed)
     train, val = _open_data(cfg, request, scratch)
     _fit_to_data(cfg, train, val, notes)
+    check_builds(cfg)
     resumed = request.resume and not request.eval_only
     data = data_of(train, val)
     earlier = read_run(cfg, data) if resumed else None
     weights = _read_weights(request, cfg, val, scratch, earlier, notes)
-    if weights and judge_weights:
-        notes.append(_judge_weights(weights, cfg, request.assume_convention))
+    if weights and checks:
+        notes.append(_check_weights(weights, cfg, request.assume_convention))
+    if checks and earlier is None:  # a resumed run has the same data
+        notes += check_split(cfg, val)
     identity = identity_of(request.init, cfg, weights, val, data, earlier)
     if not cfg.OUTPUT_DIR:
         stem = f"{identity['protocol']}-{identity['init']}-seed{identity['seed']}"
@@ -169,8 +175,7 @@ def _resolve(request: Request) -> tuple[CfgNode, dict[str, Any]]:
     cfg.SUITE.COCO_BACKEND = choose(request.coco_backend or cfg.SUITE.COCO_BACKEND)
     if request.seed is not None:
         cfg.SEED = request.seed
-    if cfg.SEED < 0:
-        raise InputError(f"SEED is {cfg.SEED}: every trial needs its own seed, 0 or more")
+    configs.check_values(cfg)
     check_numbers(cfg)
     check_wandb(cfg.SUITE.WANDB)
     named = shipped_config(cfg.SUITE.PROTOCOL, "detection") or name
@@ -220,6 +225,8 @@ def _hardware(request: Request, cfg: CfgNode, notes: list[str]) -> tuple[str, in
         gpus = 1 if present and not processes and cfg.MODEL.DEVICE != "cpu" else 0
         if not present:
             notes.append(f"no GPU here: running on CPU with {max(1, processes)} process(es)")
+    if gpus and cfg.MODEL.DEVICE == "cpu":
+        raise InputError(f"--num-gpus {gpus}, but MODEL.DEVICE is cpu: leave one of them out")
     if gpus > present and request.dry_run:
         notes.append(f"this machine has {present} GPUs: planned for one with {gpus}")
     elif gpus < 0 or gpus > present:
@@ -260,14 +267,16 @@ def _open_data(cfg: CfgNode, request: Request, scratch: Path) -> tuple[tuple[Spl
         if split == "train" and request.eval_only:
             continue
         if given[split][0]:
-            pairs[split] = [open_pair(*given[split], split=split, name=request.dataset)]
+            pairs[split] = [
+                open_pair(*given[split], split, request.dataset, decode=request.check_images)
+            ]
         else:
             drawn = scratch if request.dry_run else None
-            pairs[split] = [open_named(name, shapes, drawn) for name in names]
+            pairs[split] = [open_named(name, shapes, drawn, request.check_images) for name in names]
         if not pairs[split]:
             raise InputError(f"no data: DATASETS.{'TEST' if split == 'val' else 'TRAIN'} is empty")
     if len(pairs["val"]) > 1:
-        raise InputError("DATASETS.TEST names several data sets; a run is judged on one")
+        raise InputError("DATASETS.TEST names several data sets; a run is evaluated on one")
     train, val = tuple(pairs.get("train", ())), pairs["val"][0]
     for pair in train:
         check_same_classes(pair, val)
@@ -280,9 +289,9 @@ def _fit_to_data(cfg: CfgNode, train: tuple[Split, ...], val: Split, notes: list
     cfg.DATASETS.TEST = (val.catalog_name,)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = len(val.classes)
     for pair in (*train, val):
-        if not pair.num_objects and pair.split == "train":
-            raise InputError(f"{pair.json} has no object to learn from")
-        if cfg.MODEL.MASK_ON and pair.num_objects and not pair.has_masks:
+        if not pair.num_objects:
+            raise InputError(f"{pair.json} has no object ({pair.catalog_name})")
+        if cfg.MODEL.MASK_ON and not pair.has_masks:
             which = f", annotation {pair.without_mask} first" * (pair.without_mask is not None)
             raise InputError(
                 f"{pair.json} has boxes without masks{which}; use a box protocol "
@@ -290,6 +299,11 @@ def _fit_to_data(cfg: CfgNode, train: tuple[Split, ...], val: Split, notes: list
             )
         if cfg.MODEL.KEYPOINT_ON and not pair.keypoints:
             raise InputError(f"{pair.json} names no keypoints in its first category")
+        if cfg.MODEL.KEYPOINT_ON and pair.without_keypoints is not None:
+            raise InputError(
+                f"{pair.json}: annotation {pair.without_keypoints} has no keypoints: an object of "
+                "which no point is seen has all of them 0, 0, 0 and num_keypoints 0"
+            )
     if cfg.MODEL.KEYPOINT_ON:
         _fit_keypoints(cfg, train, val, notes)
     if any(pair.has_rle for pair in train):
@@ -366,7 +380,7 @@ def _read_weights(
     return found
 
 
-def _judge_weights(weights: Weights, cfg: CfgNode, assume_convention: bool) -> str:
+def _check_weights(weights: Weights, cfg: CfgNode, assume_convention: bool) -> str:
     """Raise InputError unless the weights fit the config's network and input; say how they do."""
     weight_files.check_convention(weights, cfg, assume_convention)
     return f"weights: {weights.path.name}: {weight_files.covered(weights, cfg)} matched"

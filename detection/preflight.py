@@ -1,4 +1,4 @@
-"""What to check before days of GPU time: nine checks in minutes, on the run's own config and data.
+"""What to check before days of GPU time: ten checks in minutes, on the run's own config and data.
 
 Each check reports one line of facts. One that cannot run is said so and never counts as passed.
 All files go to a temporary folder; the run folder is not made.
@@ -67,7 +67,7 @@ def preflight(
     with tempfile.TemporaryDirectory(prefix="preflight-") as scratch:
         folder = Path(scratch)
         request = dataclasses.replace(request, dry_run=True)
-        job = prepare(request, folder, judge_weights=False)
+        job = prepare(request, folder, checks=False)
         if job.details["device"] == "cuda" and not torch.cuda.is_available():
             raise InputError("preflight measures on a GPU of the run, and here is none")
         catalogue.register((*job.train, job.val))

@@ -169,6 +169,8 @@ def work(job: Job) -> None:
     """Do the job on this rank."""
     if job.details["device"] == "cpu" and job.world_size > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.processes))
+    if job.mode != "evaluate":  # as detectron2: images of many sizes, each seen once or twice
+        torch.backends.cudnn.benchmark = job.cfg.CUDNN_BENCHMARK
     catalogue.register((*job.train, job.val))
     with logging_to(job.folder):
         _log_setting(job)
@@ -187,8 +189,7 @@ def _train(job: Job) -> None:
     if newest and newest[1]["iteration"] + 1 >= cfg.SOLVER.MAX_ITER and _has_rows(job):
         say(f"{job.folder} is finished ({cfg.SOLVER.MAX_ITER} iterations): nothing to do")
         return
-    records = training_records(cfg)
-    trainer = build(cfg, records)
+    trainer = build(cfg, training_records(cfg))
     start = newest[1]["iteration"] + 1 if newest else 0
     evaluations: list[Evaluation] = []
 
@@ -206,8 +207,8 @@ def _train(job: Job) -> None:
     ]
     add_hooks(trainer, cfg, save_hooks, evaluate, _writers(job, start), is_terminal())
     if newest:
-        restore(trainer, newest[1], cfg, records)
         say(f"resuming after iteration {start} from {newest[0].name}")
+        restore(trainer, newest[1])
         _mind_world(job, newest[1]["world_size"])
     elif job.weights_file:
         load_into(bare(trainer.model), read_weights(job.weights_file, job.folder / "unused.pth"))

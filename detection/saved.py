@@ -1,6 +1,5 @@
 """Saved detections (``coco_instances_results.json``), checked and judged without any model."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +7,8 @@ from pycocotools.coco import COCO
 
 from core.errors import InputError
 from core.results import ROWS_FILE, append_rows
+from detection.annotations import all_finite, read_annotations, read_json
 from detection.coco_backends import Evaluation, evaluate, indexed
-from detection.datasets import read_annotations, read_json
 from detection.scores import report, result_rows
 
 # what a run leaves for others beside its rows: detections, and where its validation data are
@@ -88,13 +87,13 @@ def _wrong(detection: Any, sizes: dict[int, list[int]], categories: dict[int, An
             return f"has no {field}"
     for field, known in (("image_id", sizes), ("category_id", categories)):
         value = detection[field]
-        if not isinstance(value, int) or value not in known:
+        if not isinstance(value, int | str) or value not in known:
             return f"has {field} {value!r}, which is not in the annotations"
-    if not _finite(detection["score"]):
+    if not all_finite([detection["score"]]):
         return f"has score {detection['score']!r}, not a finite number"
     if "bbox" in detection:
         box = detection["bbox"]
-        if not isinstance(box, list) or len(box) != 4 or not all(map(_finite, box)):
+        if not isinstance(box, list) or len(box) != 4 or not all_finite(box):
             return f"has bbox {box!r}, not [x, y, width, height] in finite pixels"
     if "segmentation" in detection:
         mask, size = detection["segmentation"], sizes[detection["image_id"]]
@@ -103,7 +102,3 @@ def _wrong(detection: Any, sizes: dict[int, list[int]], categories: dict[int, An
         if mask.get("size") != size:
             return f"has a mask of size {mask.get('size')}, but its image is {size} (height, width)"
     return ""
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

@@ -13,6 +13,7 @@ import detectron2.utils.comm as comm
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.data.detection_utils import build_augmentation
 from detectron2.engine import HookBase, SimpleTrainer, hooks
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
@@ -27,7 +28,8 @@ from core.errors import InputError, NonFiniteLoss
 from core.progress import Progress
 from core.signals import StopRequests
 from detection.backbones import solver_rules
-from detection.loader import EndlessBatches, Record
+from detection.loader import EndlessBatches, Record, Records
+from detection.weights import meta_model
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -220,7 +222,7 @@ def agree_on_finite(head: nn.Module, inputs: Any, outputs: tuple[list[torch.Tens
             raise FloatingPointError("region proposals are not finite")
 
 
-def build(cfg: CfgNode, records: list[Record]) -> Trainer:
+def build(cfg: CfgNode, records: Records) -> Trainer:
     """Build model, optimiser and schedule on this rank; hooks are added by ``add_hooks``."""
     seed_torch(cfg.SEED)  # the same initial weights on all ranks
     model = build_detector(cfg)
@@ -257,10 +259,7 @@ def add_hooks(
     precise = cfg.TEST.PRECISE_BN
     all_hooks = first_hooks(cfg)
     if precise.ENABLED and get_bn_modules(trainer.model):
-        still = cfg.clone()
-        still.defrost()
-        still.DATALOADER.NUM_WORKERS = 0  # an endless loader is left half-way: no processes
-        batches = EndlessBatches(still, trainer.data_loader.records)
+        batches = trainer.data_loader.again(workers=0)  # an endless loader is left half-way
         all_hooks.append(
             PreciseBN(cfg.TEST.EVAL_PERIOD, trainer.model, batches, precise.NUM_ITER, cfg.SEED)
         )
@@ -270,6 +269,25 @@ def add_hooks(
             all_hooks.append(ProgressHook(cfg.SUITE.PROTOCOL))
         all_hooks.append(hooks.PeriodicWriter(writers, period=20))
     trainer.register_hooks(all_hooks)
+
+
+def check_builds(cfg: CfgNode) -> None:
+    """Raise InputError unless detectron2 builds the config's detector, schedule and transforms.
+
+    Nothing is computed: the detector has shapes alone.
+    """
+    try:
+        model = meta_model(cfg)
+        build_lr_scheduler(cfg, OPTIMIZERS[cfg.SOLVER.OPTIMIZER](cfg, model))
+        for train in (True, False):
+            build_augmentation(cfg, train)
+    except InputError:
+        raise
+    except Exception as error:  # detectron2 checks with assertions and look-ups of any kind
+        said = " ".join(str(error).split()) or "no reason given"
+        raise InputError(
+            f"detectron2 cannot build what the config says: {type(error).__name__}: {said}"
+        ) from None
 
 
 def check_numbers(cfg: CfgNode) -> None:

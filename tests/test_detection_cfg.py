@@ -6,7 +6,9 @@ import pytest
 
 from core.errors import InputError
 from detection import cfg as configs
+from detection.trainer import check_builds
 
+ROOT = Path(__file__).resolve().parent.parent
 FPN = "detection/mask_rcnn_R50_FPN_1x.yaml"
 
 
@@ -75,3 +77,62 @@ def test_sync_norm_has_a_stand_in_on_every_hardware() -> None:
     cfg = configs.load_cfg(FPN)
     assert configs.set_norms(cfg, "BN") == 2
     assert (cfg.MODEL.RESNETS.NORM, cfg.MODEL.FPN.NORM) == ("BN", "BN")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("MODEL.META_ARCHITECTURE", "Mask2Former", "it can be GeneralizedRCNN, RetinaNet"),
+        ("MODEL.BACKBONE.NAME", "resnet", "build_resnet_fpn_backbone"),
+        ("MODEL.FPN.NORM", "SyncBn", "it can be '' (none), BN, SyncBN"),
+        ("MODEL.RESNETS.DEPTH", "20", "it can be 18, 34, 50"),
+        ("MODEL.ROI_HEADS.NAME", "Heads", "StandardROIHeads"),
+        ("MODEL.FPN.IN_FEATURES", "('res2','res9')", "'res9', which is not one of"),
+        ("MODEL.DEVICE", "cuda:3", "CUDA_VISIBLE_DEVICES"),
+        ("MODEL.PIXEL_MEAN", "[1.0]", "three numbers"),
+        ("MODEL.LOAD_PROPOSALS", "True", "is not supported"),
+        ("SOLVER.LR_SCHEDULER_NAME", "Cosine", "WarmupCosineLR"),
+        ("SOLVER.MAX_ITER", "-3", "more than 0"),
+        ("SOLVER.BASE_LR", "-0.1", "more than 0"),
+        ("SOLVER.BASE_LR", "float('nan')", "a number"),
+        ("SOLVER.WARMUP_ITERS", "-1", "0 or more"),
+        ("SOLVER.STEPS", "(5,4)", "iterations that rise"),
+        ("INPUT.FORMAT", "HSV", "it can be RGB, BGR"),
+        ("INPUT.MIN_SIZE_TRAIN", "()", "one or more sizes"),
+        ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "the least and the largest"),
+        ("TEST.AUG.ENABLED", "True", "is not supported"),
+        ("TEST.EXPECTED_RESULTS", "[['bbox','AP',38.5,0.2]]", "is not supported"),
+    ],
+)
+def test_a_value_that_no_run_can_have_is_refused_with_what_it_can_be(
+    key: str, value: str, words: str
+) -> None:
+    with pytest.raises(InputError) as error:
+        configs.check_values(configs.load_cfg(FPN, [key, value]))
+    assert key in str(error.value)
+    assert words in str(error.value)
+
+
+def test_every_shipped_config_has_values_that_it_can_have() -> None:
+    files = sorted((ROOT / "configs" / "detection").glob("*.yaml"))
+    assert len(files) > 9
+    for file in files:
+        configs.check_values(configs.load_cfg(file))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("MODEL.RPN.IN_FEATURES", "('p2','p9')", "KeyError: 'p9'"),
+        ("MODEL.ROI_MASK_HEAD.NAME", "Head", "No object named 'Head'"),
+        ("MODEL.RESNETS.DEPTH", "18", "RES2_OUT_CHANNELS = 64"),
+    ],
+)
+def test_a_detector_or_schedule_that_detectron2_cannot_build_is_one_sentence(
+    key: str, value: str, words: str
+) -> None:
+    check_builds(configs.load_cfg(FPN))
+    with pytest.raises(InputError, match="detectron2 cannot build") as error:
+        check_builds(configs.load_cfg(FPN, [key, value]))
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)

@@ -13,7 +13,8 @@ from detection.checkpointer import Checkpointer
 
 def _trainer(done: int) -> Any:
     """Return what stands for a trainer that has just done ``done`` iterations."""
-    return SimpleNamespace(iter=done - 1, model=torch.nn.Linear(1, 1), state_dict=dict)
+    state = {"hooks": {}, "optimizer": {}}
+    return SimpleNamespace(iter=done - 1, model=torch.nn.Linear(1, 1), state_dict=lambda: state)
 
 
 def _names(folder: Path) -> list[int]:

@@ -13,13 +13,16 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_pascal_voc
 from detectron2.data.datasets.builtin_meta import _get_builtin_metadata
 from detectron2.data.datasets.cityscapes import load_cityscapes_instances
+from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from detectron2.structures import Boxes, Instances
 
 from core.errors import InputError
 from core.results import read_rows
 from detection import catalogue, foreign
 from detection.bench import Limits
+from detection.cfg import load_cfg
 from detection.datasets import open_pair
+from detection.evaluation import check_split
 from detection.job import Request
 from detection.preflight import PASSED, preflight
 from detection.run import run
@@ -143,6 +146,16 @@ def _lvis(folder: Path) -> tuple[Path, Path]:
     return path, images
 
 
+def _register_lvis(path: Path, images: Path) -> None:
+    for part in ("train", "val"):
+        name = f"tinylvis_{part}"
+        if name not in DatasetCatalog.list():
+            DatasetCatalog.register(name, list)
+        MetadataCatalog.pop(name, None)
+        meta = MetadataCatalog.get(name)
+        meta.set(json_file=str(path), image_root=str(images), evaluator_type="lvis")
+
+
 def test_perfect_lvis_detections_and_the_federated_rule(tmp_path: Path) -> None:
     pytest.importorskip("hotcoco")
     path, _ = _lvis(tmp_path / "lvis")
@@ -164,13 +177,7 @@ def test_an_lvis_run_ends_in_rows_by_frequency(tmp_path: Path) -> None:
     path, images = _lvis(tmp_path / "lvis")
     split = open_pair(path, images, "val", "tinylvis", kind="lvis")
     assert split.num_objects == 12
-    for part in ("train", "val"):
-        name = f"tinylvis_{part}"
-        if name not in DatasetCatalog.list():
-            DatasetCatalog.register(name, list)
-        MetadataCatalog.pop(name, None)
-        meta = MetadataCatalog.get(name)
-        meta.set(json_file=str(path), image_root=str(images), evaluator_type="lvis")
+    _register_lvis(path, images)
     data = ["DATASETS.TRAIN", "('tinylvis_train',)", "DATASETS.TEST", "('tinylvis_val',)"]
     data += ["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"]
     config = "detection/mask_rcnn_R18_FPN_shapes.yaml"
@@ -256,6 +263,32 @@ def test_a_cityscapes_run_is_checked_and_ends_in_rows(city: str, tmp_path: Path)
     (*_, few) = preflight(asked, Limits(images=2), ["evaluate"])
     assert (few.mark, "2 rows from 2 images" in few.fact) == (PASSED, True), few.fact
     assert _run(tmp_path / "run", config=config, overrides=data) == {"segm/AP", "segm/AP50"}
+
+
+def test_the_packages_that_evaluate_are_asked_for_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, images = _lvis(tmp_path / "lvis")
+    _register_lvis(path, images)
+    monkeypatch.setitem(foreign.NEEDS, "lvis", ("no_such_judge",))
+    with pytest.raises(InputError, match="evaluating lvis data needs `pip install no_such_judge`"):
+        catalogue.open_named("tinylvis_val", {})
+
+
+def test_the_truth_of_voc_and_lvis_is_evaluated_against_itself(voc: str, tmp_path: Path) -> None:
+    pytest.importorskip("hotcoco")
+    cfg = load_cfg("detection/mask_rcnn_R18_FPN_shapes.yaml")
+    (said,) = check_split(cfg, catalogue.open_named(voc, {}))
+    assert "taken as detections: bbox 100" in said
+    _register_lvis(*_lvis(tmp_path / "lvis"))
+    split = catalogue.open_named("tinylvis_val", {})
+    (said,) = check_split(cfg, split)
+    assert "bbox 100, segm 100" in said
+    xml = tmp_path / "VOC2007" / "Annotations" / "002.xml"
+    xml.write_text(xml.read_text().replace("<difficult>0<", "<difficult>no<"))
+    parse_rec.cache_clear()
+    with pytest.raises(InputError, match="cannot be evaluated by VOC's rules"):
+        check_split(cfg, catalogue.open_named(voc, {}))
 
 
 def test_cityscapes_says_what_it_needs() -> None:

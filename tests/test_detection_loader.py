@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from detectron2.data import get_detection_dataset_dicts
 from detectron2.data.samplers import TrainingSampler
 
 from detection import catalogue, datasets, loader
@@ -36,7 +38,7 @@ def test_a_stream_entered_later_goes_on_as_if_from_the_start(cfg: Any) -> None:
     records = loader.training_records(cfg)
     whole = _pixels(iter(loader.EndlessBatches(cfg, records)), 6)
     np.random.rand(7)  # noqa: NPY002  whatever was drawn meanwhile
-    rest = _pixels(iter(loader.EndlessBatches(cfg, records, start=4)), 2)
+    rest = _pixels(iter(loader.EndlessBatches(cfg, records).again(start=4)), 2)
     assert _same(whole[4:], rest)
 
 
@@ -89,3 +91,62 @@ def test_seeding_an_item_leaves_the_global_generators_alone() -> None:
     with loader.seeded(1, 2):
         np.random.rand()  # noqa: NPY002
     assert np.array_equal(np.random.rand(3), expected)  # noqa: NPY002
+
+
+def test_records_are_detectron2s_and_changing_one_changes_no_other_look(cfg: Any) -> None:
+    plain = get_detection_dataset_dicts(cfg.DATASETS.TRAIN)
+    records = loader.training_records(cfg)
+    assert list(records) == plain
+    assert records.wide.tolist() == [r["width"] > r["height"] for r in plain]
+    records[0]["annotations"].clear()
+    assert (records[0], records[-1], records[1:3]) == (plain[0], plain[-1], plain[1:3])
+    with pytest.raises(IndexError):
+        records[len(plain)]
+
+
+def test_the_batches_of_precise_bn_and_of_a_resume_hold_no_second_copy(cfg: Any) -> None:
+    batches = loader.EndlessBatches(cfg, loader.training_records(cfg))
+    assert batches.again(start=3, workers=0).dataset is batches.dataset
+
+
+SHARED = """
+import glob
+import os
+import tempfile
+
+import detection
+from core import dist
+from detection import loader
+from detectron2.data import DatasetCatalog
+from detectron2.utils import comm
+
+dist.init("cpu")
+comm.create_local_process_group(dist.world_size())
+rank = dist.rank()
+loads = []
+
+def load():
+    loads.append(rank)
+    return [{"width": n, "height": 5, "annotations": [{"iscrowd": 0}]} for n in range(9)]
+
+DatasetCatalog.register("counted_train", load)
+from detection.cfg import default_cfg
+
+cfg = default_cfg()
+cfg.DATASETS.TRAIN = ("counted_train",)
+records = loader.training_records(cfg)
+assert [record["width"] for record in records] == list(range(9))
+assert loads == ([0] if rank == 0 else []), loads
+mapped = [line.split()[4] for line in open("/proc/self/maps") if "records-" in line]
+inodes = comm.all_gather(mapped)
+assert inodes[0] and inodes[0] == inodes[1], inodes  # one file in the memory of both
+assert not glob.glob(os.path.join(tempfile.gettempdir(), "records-*"))
+dist.shutdown()
+"""
+
+
+def test_one_rank_of_a_machine_loads_and_all_map_the_same_memory(
+    run_ranks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    run_ranks(SHARED, 2)

@@ -91,7 +91,7 @@ EXPECTED: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {  # schedule, and
         | {"DATASETS.TEST": ("keypoints_coco_2017_val",)},
     ),
     "mask_rcnn_R50_FPN_lvis_v1_1x": (
-        ONE,
+        TWO,
         FPN
         | {"TEST.DETECTIONS_PER_IMAGE": 300, "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0001}
         | {"DATALOADER.SAMPLER_TRAIN": "RepeatFactorTrainingSampler"}

@@ -17,6 +17,7 @@ import torch
 from core.errors import InputError, NonFiniteLoss, Stopped
 from core.files import locked
 from core.results import read_rows
+from detection.checkpointer import Checkpointer
 from detection.run import run
 from tests.detection_tiny import request, write_backbone, write_pair
 
@@ -281,6 +282,50 @@ def test_a_run_is_resumed_with_its_own_weights_and_data_only(
         asked = request(data, finished, seed=7, resume=True)
         asked = dataclasses.replace(asked, **{f"{split}_json": str(fewer)})
         _refused(asked, "--resume", f"{split} annotations")
+
+
+def test_a_damaged_record_of_a_run_is_named_and_advice_leads_on(
+    data: Path, finished: Path, tmp_path: Path
+) -> None:
+    """--resume must not advise what a start without it refuses."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    whole = json.loads((folder / "run.json").read_text())
+    torn = [[], {"facts": 3}, {k: v for k, v in whole.items() if k != "weights_file"}]
+    torn += [whole | {"identity": whole["identity"] | {"data": 5}}]
+    for text in ("", "{", *map(json.dumps, torn)):
+        (folder / "run.json").write_text(text)
+        _refused(request(data, folder, seed=7, resume=True), "run.json is damaged", "--eval-only")
+    evaluated = request(
+        data, tmp_path / "eval", weights=str(folder / "model_final.pth"), eval_only=True
+    )
+    assert run(evaluated) == 0
+
+
+def test_a_checkpoint_that_lacks_something_is_passed_over_or_named(
+    data: Path, weights: Path, finished: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "r"
+    _interrupted(data, weights, output, 3)
+    whole = output / "model_0000001.pth"
+    content = torch.load(whole, weights_only=True)
+    trainer = {k: v for k, v in content["trainer"].items() if k != "hooks"}  # no schedule
+    for lacking in (content | {"world_size": None}, content | {"trainer": trainer}):
+        torch.save(lacking, output / "model_0000002.pth")
+        found = Checkpointer(output).newest()
+        assert found is not None
+        assert found[0] == whole
+    asked = request(data, output, seed=7, resume=True)
+    assert run(asked) == 0  # from the one before
+    one, other = _model(finished), _model(output)
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    for path in output.glob("model_*.pth"):
+        path.unlink()
+    partly = {k: v for k, v in content["model"].items() if "fpn" not in k}
+    torch.save(content | {"model": partly}, whole)
+    (output / "results.jsonl").unlink()
+    with pytest.raises(InputError, match=r"does not fit the run: .*fpn_lateral"):
+        run(asked)
 
 
 def test_weights_that_disagree_with_the_config_are_refused(data: Path, tmp_path: Path) -> None:

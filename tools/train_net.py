@@ -39,6 +39,9 @@ def add_run_options(p: argparse.ArgumentParser) -> None:
         action="store_true",
         help="take mean, std, channel order and stride from the weights, not from the config",
     )
+    p.add_argument(
+        "--check-images", action="store_true", help="decode every image first, on all cores"
+    )
     p.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="config keys to change")
 
 
