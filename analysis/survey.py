@@ -13,7 +13,7 @@ from core.config import read_yaml
 from core.errors import InputError
 from core.results import sha256_of
 from models.checkpoint import Facts, load_checkpoint
-from training.loop import saved_epochs
+from training.schedule import saved_epochs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a run writes and what is free, told before it starts."""
+"""Expected disk space of a run, and the space that is free."""
 
 import dataclasses
 import shutil
@@ -9,7 +9,7 @@ GB, MB = 1e9, 1e6
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """So many files of one kind, at most at one time, of so many bytes each."""
+    """Files of one kind: how many exist at a time at most, and the bytes of each."""
 
     count: int
     what: str  # in the singular
@@ -21,7 +21,7 @@ class Files:
 
 @dataclasses.dataclass(frozen=True)
 class Disk:
-    """The files of a run, and the bytes that are free where they go."""
+    """The files of a run, and the free bytes of their disk."""
 
     files: tuple[Files, ...]
     free: int
@@ -42,10 +42,10 @@ class Disk:
 
 
 def free_bytes(folder: Path) -> int:
-    """Return what is free on the disk that a folder lies on, or will lie on."""
+    """Return the free bytes of the disk of a folder, which need not exist."""
     folder = folder.absolute()
-    there = next(place for place in (folder, *folder.parents) if place.is_dir())
-    return shutil.disk_usage(there).free
+    existing = next(place for place in (folder, *folder.parents) if place.is_dir())
+    return shutil.disk_usage(existing).free
 
 
 def size(count: float) -> str:

@@ -16,9 +16,9 @@ from core.errors import InputError, LostRank, NonFiniteLoss
 from core.files import LOCK
 
 T = TypeVar("T")
-LONGEST = 30 * 24 * 3600  # seconds; nobody waits longer
+LONGEST = 30 * 24 * 3600  # seconds; the longest timeout
 TIMEOUT = 600  # seconds that a rank waits for another, unless a config says otherwise
-LOST = (  # what gloo and the store say when a process at the other end has gone or hangs
+LOST = (  # in messages of gloo and the store when a peer has died or hangs
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting",
     "timed out", "Socket closed", "Application timeout",
 )  # fmt: skip
@@ -93,7 +93,7 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process writes files and speaks."""
+    """Whether this process writes files and prints."""
     return rank() == 0
 
 
@@ -106,8 +106,8 @@ def barrier() -> None:
 def from_main(function: Callable[[], T]) -> T:
     """Call ``function`` on the first rank while the others wait; return its result on every rank.
 
-    Its ``InputError`` or ``NonFiniteLoss`` is raised on every rank, so that none waits in vain. The
-    result is small and picklable.
+    Its ``InputError`` or ``NonFiniteLoss`` is raised on every rank. The result must be small and
+    picklable.
     """
     result: Any = None
     if is_main():
@@ -123,7 +123,7 @@ def from_main(function: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def locked(folder: Path, name: str = LOCK) -> Iterator[None]:
-    """Hold a folder that all ranks write to, by the first of them; see ``files.locked``."""
+    """Lock a folder for all ranks; the first one holds the lock, see ``files.locked``."""
     with contextlib.ExitStack() as stack:
         from_main(lambda: stack.enter_context(files.locked(folder, name=name)) and None)
         yield
@@ -131,10 +131,10 @@ def locked(folder: Path, name: str = LOCK) -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming_lost_ranks() -> Iterator[None]:
-    """Turn what a collective raises when another rank has gone into ``LostRank``, one sentence.
+    """Raise ``LostRank``, one sentence, where a collective fails because a peer has died or hangs.
 
-    With gloo it comes at once when a process dies, and after the group's timeout when it hangs.
-    NCCL's own watchdog ends the process after the timeout.
+    gloo fails at once when a peer dies, and after the group's timeout when it hangs; NCCL's own
+    watchdog ends the process after the timeout.
     """
     try:
         yield

@@ -66,23 +66,23 @@ def is_full(error: BaseException | None) -> bool:
 
 
 def sweep(folder: Path) -> None:
-    """Delete what killed processes have left half-written in a folder that nobody writes to now."""
+    """Delete the temporary files of killed processes; no process may be writing to the folder."""
     for leftover in folder.glob(f".*{ENDING}"):
         leftover.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def locked(folder: Path, by: str = "another run", name: str = LOCK) -> Iterator[int]:
-    """Hold a folder, which is made, against other processes until the block or this process ends.
+    """Make a folder and lock it until the block or this process ends.
 
-    Yields the lock's descriptor: a command that inherits it holds the folder on; forked children
-    close it. A file system without locks is used all the same, with a warning.
+    Yields the lock's descriptor: a command that inherits it keeps the lock; forked children close
+    it. Where the file system has no locks, a warning is printed.
 
     Args:
-        by: what else may hold it, for the sentence.
+        by: name of another holder in the message.
 
     Raises:
-        InputError: another process holds the folder.
+        InputError: another process holds the lock.
     """
     check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,8 +99,11 @@ def locked(folder: Path, by: str = "another run", name: str = LOCK) -> Iterator[
 
 
 def check_not_locked(folder: Path, by: str = "another run", name: str = LOCK) -> None:
-    """Raise InputError if another process holds a folder; writes nothing."""
-    with contextlib.suppress(FileNotFoundError), (folder / name).open("rb") as file:
+    """Raise InputError if another process holds a folder's lock; writes nothing."""
+    with (
+        contextlib.suppress(FileNotFoundError, NotADirectoryError),
+        (folder / name).open("rb") as file,
+    ):
         _lock(file.fileno(), fcntl.LOCK_SH, folder, by)
 
 
@@ -117,7 +120,7 @@ def _lock(descriptor: int, how: int, folder: Path, by: str) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise InputError where a folder can neither be nor be made: a file is in its way."""
+    """Raise InputError if the path or a parent of it is a file."""
     for place in (folder, *folder.absolute().parents):
         if place.is_dir():
             return
@@ -126,7 +129,7 @@ def check_folder(folder: Path) -> None:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether a folder is absent or holds nothing but its lock and what was left half-written."""
+    """Whether a folder is absent or holds only locks and temporary files."""
     if not folder.exists():
         return True
     return all(file.name.endswith((LOCK, ENDING)) for file in folder.iterdir())

@@ -38,6 +38,10 @@ class Place:
     host: str = ""  # of the first one; needed for several
     port: int = 0  # 0: a free one; needed for several
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.node < self.nodes:
+            raise InputError(f"machine {self.node} is not one of 0..{self.nodes - 1}")
+
 
 ALONE = Place()
 
@@ -46,23 +50,23 @@ def place_here(environment: Mapping[str, str] = os.environ) -> Place:
     """Return this machine's place, from NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT or from srun.
 
     Raises:
-        InputError: a variable is missing, or srun has started more than one task on each machine.
+        InputError: a variable is missing or no number, a place that is not one of the machines, or
+            srun has started more than one task on each machine.
     """
-    if int(environment.get("NNODES", "1")) > 1:
-        missing = [name for name in ("NODE_RANK", "MASTER_ADDR") if not environment.get(name)]
-        if missing:
-            raise InputError(f"NNODES is {environment['NNODES']}, but {missing[0]} is not set")
-        port = int(environment.get("MASTER_PORT", PORT))
-        nodes, node = int(environment["NNODES"]), int(environment["NODE_RANK"])
+    nodes = _number(environment, "NNODES", 1)
+    if nodes > 1:
+        if not environment.get("MASTER_ADDR"):
+            raise InputError(f"NNODES is {nodes}, but MASTER_ADDR is not set")
+        node, port = _number(environment, "NODE_RANK"), _number(environment, "MASTER_PORT", PORT)
         return Place(nodes, node, environment["MASTER_ADDR"], port)
-    nodes = int(environment.get("SLURM_STEP_NUM_NODES", "1"))
+    nodes = _number(environment, "SLURM_STEP_NUM_NODES", 1)
     if nodes == 1:
         return ALONE
     if environment.get("SLURM_STEP_NUM_TASKS") != str(nodes):
         raise InputError("srun needs --ntasks-per-node=1: the launcher starts a machine's ranks")
     first = re.sub(r"\[(\d+)[^]]*\]", r"\1", _first_name(environment["SLURM_STEP_NODELIST"]))
-    port = 20000 + int(environment["SLURM_JOB_ID"]) % 20000
-    return Place(nodes, int(environment["SLURM_NODEID"]), first, port)
+    port = 20000 + _number(environment, "SLURM_JOB_ID") % 20000
+    return Place(nodes, _number(environment, "SLURM_NODEID"), first, port)
 
 
 def launch(
@@ -76,9 +80,14 @@ def launch(
     Args:
         held: file descriptors that the ranks keep open.
 
+    Raises:
+        InputError: several machines without the first one's host and port.
+
     Returns:
         The first status that is not 0 (128 + N for signal N), 75 if a stop signal ended the ranks.
     """
+    if place.nodes > 1 and not (place.host and place.port):
+        raise InputError("several machines need the host and the port of the first one")
     folder = tempfile.mkdtemp(prefix="launch-")
     place = place if place.port else dataclasses.replace(place, host="127.0.0.1", port=_free_port())
     ranks = _Ranks()
@@ -219,6 +228,13 @@ def visible_gpus() -> list[str]:
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
     count = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
     return [str(number) for number in range(count)]
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environment.get(name) or ("" if default is None else str(default))
+    if not text.isdigit():
+        raise InputError(f"{name} is {text!r}; it must be a number")
+    return int(text)
 
 
 def _first_name(names: str) -> str:

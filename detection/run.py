@@ -55,10 +55,16 @@ def run(request: Request) -> int:
         InputError: bad input, before anything is written.
         NotFiniteError, Stopped, LostRank: as they say.
     """
-    if request.job:
-        return _run_rank(pickle.loads(Path(request.job).read_bytes()))
-    if dist.is_rank():
-        return _run_as_rank(_as_started(request))
+    try:
+        if request.job:
+            return _run_rank(pickle.loads(Path(request.job).read_bytes()))
+        return _run_as_rank(_as_started(request)) if dist.is_rank() else _run_here(request)
+    finally:
+        dist.shutdown()
+
+
+def _run_here(request: Request) -> int:
+    """Do a request in this process, or in ranks that it starts."""
     with tempfile.TemporaryDirectory(prefix="convert-") as scratch, contextlib.ExitStack() as stack:
         job, lock = begin(request, Path(scratch), stack)
         if request.dry_run:
@@ -96,10 +102,7 @@ def _run_rank(job: Job) -> int:
     """Do a checked job on this rank."""
     dist.init(job.details["device"], GROUP_SECONDS)
     comm.create_local_process_group(job.processes)
-    try:
-        work(job)
-    finally:
-        dist.shutdown()
+    work(job)
     return 0
 
 

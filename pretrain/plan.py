@@ -22,7 +22,8 @@ from pretrain.memory import DTYPES
 from pretrain.recipe import CTCConfig
 from pretrain.run import PretrainConfig
 from training import resume
-from training.loop import Objective, saved_epochs
+from training.loop import Objective
+from training.schedule import saved_epochs
 
 
 def plan(config: PretrainConfig, folder: Path, resume_run: bool) -> str:
@@ -49,7 +50,7 @@ def plan(config: PretrainConfig, folder: Path, resume_run: bool) -> str:
 
 
 def expected_time(config: PretrainConfig, folder: Path) -> str:
-    """Return how long an earlier run took to train, or that this is not known."""
+    """Return the training time of an earlier run of the same recipe, or that it is not known."""
     here = {"world_size": dist.world_size(), "device": dist.pick_device(config.loop.device).type}
     for file in sorted(folder.absolute().parent.glob(f"*/{ROWS_FILE}")):
         try:
@@ -79,7 +80,7 @@ def trained_seconds(log: Path, batch: int) -> float:
 
 
 def disk(config: PretrainConfig, folder: Path, objective: Objective, images: int) -> Disk:
-    """Return what a run's checkpoints and states need; a new state is whole before an old one goes.
+    """Return the disk space of a run's checkpoints and states; three states exist at a time.
 
     Args:
         images: N of the training set, the rows of CTC's banks.

@@ -88,7 +88,7 @@ def pretrain(config: PretrainConfig, folder: Path, resume_run: bool = False) -> 
     has_state = dist.from_main(lambda: prepare_folder(folder, config, resume_run))
     dataset, held_out, objective = make_ready(config)
     with dist.locked(folder):
-        dist.from_main(lambda: begin(folder, config, resume_run))
+        dist.from_main(lambda: begin(folder, config, resume_run, has_state))
         return train(config, folder, device, dataset, held_out, objective, has_state)
 
 
@@ -101,7 +101,7 @@ def train(
     objective: Objective,
     has_state: bool,
 ) -> Path:
-    """Train in a folder that is held, and record the result; return the last checkpoint's path."""
+    """Train in a locked folder and record the result; return the last checkpoint's path."""
     last = sum(stage.epochs for stage in objective.stages())
     if dist.is_main():
         print(describe(config, dataset, last, device), flush=True)
@@ -121,6 +121,10 @@ def train(
     def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         return prepared(dataset, config, device)
 
+    def accept(begun: Mapping[str, Any], position: Position) -> None:
+        check_resumable(folder, config, begun, position, recipe["data"])
+        save_config(config, folder / CONFIG)  # it may differ in epochs, paths, workers, …
+
     recipe = identifying(config) | {"data": dist.from_main(lambda: dataset.digest)}
     legs = loop.train(
         objective,
@@ -133,9 +137,7 @@ def train(
         workers=config.data.workers,
         resume_run=has_state,
         recipe=recipe,
-        check_state=lambda begun, position: check_resumable(
-            folder, config, begun, position, recipe["data"]
-        ),
+        check_state=accept,
     )
     if last and not dist.from_main(lambda: is_recorded(folder, last)):
         value = scores[last] if last in scores else top1(model, held_out, config, device)
@@ -232,7 +234,7 @@ def prepare_folder(folder: Path, config: PretrainConfig, resume_run: bool) -> bo
     only a config, and perhaps its initialisation: resumed, it starts at the beginning.
 
     Raises:
-        InputError: the folder is not what it should be.
+        InputError: the folder is in use, not empty, or of another recipe.
     """
     check_folder(folder)
     check_not_locked(folder)  # now, not after the data are listed
@@ -255,13 +257,14 @@ def check_empty(folder: Path) -> None:
         raise InputError(f"{folder} is not empty: go on with --resume, or choose another --output")
 
 
-def begin(folder: Path, config: PretrainConfig, resume_run: bool) -> None:
-    """Make a folder that is held ready: no half-written files, the resolved config."""
+def begin(folder: Path, config: PretrainConfig, resume_run: bool, has_state: bool) -> None:
+    """Remove half-written files from a locked folder; save the config of a run without state."""
     if not resume_run:
         check_empty(folder)  # again: another run may have begun while the data were listed
     for place in (folder, folder / CHECKPOINTS):
         sweep(place)
-    save_config(config, folder / CONFIG)
+    if not has_state:
+        save_config(config, folder / CONFIG)
 
 
 def is_recorded(folder: Path, epoch: int) -> bool:
@@ -325,7 +328,7 @@ def checkpoint_path(folder: Path, epoch: int) -> Path:
 
 
 def facts_of(config: PretrainConfig, dataset: IndexedDataset, epoch: int) -> checkpoint.Facts:
-    """Return what a checkpoint says of itself."""
+    """Return a checkpoint's facts."""
     return checkpoint.Facts(
         arch=factory.canonical(config.arch),
         num_classes=len(dataset.classes),
@@ -387,7 +390,7 @@ def record(
 def describe(
     config: PretrainConfig, dataset: IndexedDataset, epochs: int, device: torch.device
 ) -> str:
-    """Return in one sentence what is going to happen, with all derived values."""
+    """Return a sentence on the run with its derived values."""
     steps = epochs * (len(dataset) // config.loop.batch_size)
     world = dist.world_size()
     return (

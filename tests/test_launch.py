@@ -181,6 +181,9 @@ def test_machines_are_found_in_the_environment(environment: Any, place: Place) -
     ("environment", "complaint"),
     [
         ({"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR is not set"),
+        ({"NNODES": "2", "MASTER_ADDR": "a"}, "NODE_RANK is ''"),
+        ({"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "2"}, "machine 2 is not one of 0..1"),
+        ({"NNODES": "two"}, "NNODES is 'two'"),
         (
             {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "16"},
             "--ntasks-per-node=1",

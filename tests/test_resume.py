@@ -62,11 +62,12 @@ def test_other_data_are_refused_before_a_step(
     else:
         content["classes"] = np.array(["red", "green", "blue", "grey"])
     np.savez(tmp_path / "other.npz", **content)
-    before = (run / resume.FILE).read_bytes()
+    files = (run / resume.FILE, run / "config.yaml")
+    before = [file.read_bytes() for file in files]
     for overrides in ((), ("ce.stage.epochs", "3", "ce.stage.schedule", "constant")):
         with pytest.raises(InputError, match=r"begun with (data|ce.stage.schedule) = "):
             pretrain(config(tmp_path / "other.npz", "ce", *overrides), run, resume_run=True)
-    assert (run / resume.FILE).read_bytes() == before
+    assert [file.read_bytes() for file in files] == before
 
 
 def test_the_same_data_elsewhere_are_the_same(tmp_path: Path, tiny_npz: Path, run: Path) -> None:

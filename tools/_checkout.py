@@ -54,11 +54,14 @@ def file(text: str) -> Path:
 
 def run(main: Callable[[], int | None]) -> None:
     """Call ``main``; what ends it early becomes one line on stderr and its exit status."""
-    from core import launch, signals
+    from core import errors, launch, signals
 
     launch.end_with_launcher()
     with signals.raising_stopped():
-        status = _status_of(main)
+        try:
+            status = _status_of(main)
+        except errors.Stopped:  # while another end was reported
+            status = errors.STOPPED_STATUS
     sys.stdout.flush()
     sys.exit(status)
 
@@ -88,9 +91,13 @@ def _status_of(main: Callable[[], int | None]) -> int | None:
     except BrokenPipeError:
         return 141
     except OSError as error:
-        if not is_full(error):
+        if is_full(error):
+            name = error.filename or "a file"
+            _say(f"error: no space left to write {name}; what was saved is whole")
+        elif isinstance(error, PermissionError | FileExistsError | NotADirectoryError):
+            _say(f"error: {error.filename}: {error.strerror}")
+        else:
             raise
-        _say(f"error: no space left to write {error.filename or 'a file'}; what was saved is whole")
         return 2
 
 

@@ -38,6 +38,8 @@ def main() -> int:
     tool = arguments.tool if arguments.tool.is_file() else _checkout.ROOT / arguments.tool
     if not tool.is_file():
         raise InputError(f"{arguments.tool} is no file: name a tool, such as tools/run_pretrain.py")
+    if arguments.processes < 0 or (arguments.nodes or 1) < 1:
+        raise InputError("--processes and --nodes must be positive numbers")
     if arguments.nodes is None:
         place = launch.place_here()
     elif arguments.nodes > 1:

@@ -4,11 +4,10 @@ Shapes: B images a step over all ranks, W ranks, S side in pixels.
 """
 
 import dataclasses
-import itertools
 import math
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from models import amp
 from models.base import sync_batch_norm
 from training import resume
 from training.resume import Position
-from training.schedule import Stage, learning_rate
+from training.schedule import Stage, learning_rate, saved_epochs
 from training.watch import LossWatch
 
 __all__ = ["LoopConfig", "NonFiniteLoss", "Objective", "Stage", "Stopped", "train"]
@@ -48,7 +47,7 @@ class LoopConfig:
     amp: str = "none"  # none, bf16, fp16 autocast, or auto (models.amp); losses stay in float32
     channels_last: bool = True  # memory format of images and weights; faster convolutions
     sync_bn: bool = False  # BatchNorm statistics over all ranks (GPUs only)
-    save_every: int = 10  # epochs between checkpoints; see saved_epochs
+    save_every: int = 10  # epochs between checkpoints; see schedule.saved_epochs
     resume_every: int = 0  # steps between resume states inside an epoch; 0: at each epoch's end
     eval_every: int = 0  # epochs between evaluations; 0: only at the end
     log_every: int = 20  # steps between lines of log.jsonl
@@ -57,10 +56,9 @@ class LoopConfig:
 
 
 class Objective(nn.Module):
-    """What is optimised: a network with its losses, banks and whatever else must be saved.
+    """A network with its losses, banks and all else that a resume needs in ``state_dict()``.
 
-    The loop holds every ``requires_grad`` parameter of it in the optimiser, and its
-    ``state_dict()`` is all that a resume needs.
+    The loop gives each of its ``requires_grad`` parameters to the optimiser.
     """
 
     model: nn.Module
@@ -99,7 +97,7 @@ class Objective(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Hooks:
-    """What a training does besides stepping."""
+    """Calls between the steps of a training."""
 
     save_weights: Callable[[int], None] = lambda epoch: None  # first rank; finished epochs
     evaluate: Callable[[int], dict[str, float]] = lambda epoch: {}  # every rank; figures to log
@@ -132,7 +130,7 @@ def train(
         and which precision; more than one where a resume has changed them.
 
     Raises:
-        InputError: a config that cannot be run, or nothing (valid) to resume.
+        InputError: an invalid config, or no valid state to resume.
         NonFiniteLoss: on every rank, naming step and losses; nothing of that step is saved.
         Stopped: after a stop signal (``core.signals``), once ``resume.pth`` is written.
     """
@@ -354,22 +352,11 @@ def make_optimizer(
     return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov)
 
 
-def saved_epochs(stages: Sequence[int], every: int) -> list[int]:
-    """Return the epochs whose weights are saved, ascending: 0, each stage's end, every so many.
-
-    Args:
-        stages: epochs of each stage.
-        every: a checkpoint's period in epochs.
-    """
-    ends = list(itertools.accumulate(stages))
-    return sorted({*range(0, ends[-1] + 1, every), *ends})
-
-
 def check(config: LoopConfig, images: int | None = None) -> None:
-    """Refuse what cannot be run.
+    """Validate a config.
 
     Args:
-        images: to train on; None while that is not known.
+        images: number to train on; None: not known yet.
 
     Raises:
         InputError: naming the key and what would be right.

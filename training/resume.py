@@ -27,7 +27,7 @@ PREVIOUS = "resume.previous.pth"  # the state before, kept until the next is kno
 
 @dataclasses.dataclass
 class Position:
-    """Where a training stands: everything before it is done."""
+    """The progress of a training: all before it is done."""
 
     stage: int = 0
     started: bool = False  # whether start_stage of ``stage`` has been done
@@ -178,7 +178,7 @@ def check_recipe(run_dir: Path, begun: Mapping[str, Any], now: Mapping[str, Any]
 
 
 def leg(iteration: int, device: torch.device, precision: str) -> dict[str, Any]:
-    """Return on what a training runs from an iteration on."""
+    """Return the processes, device and precision of a training from an iteration on."""
     return {
         "iteration": iteration,
         "processes": dist.world_size(),
@@ -211,12 +211,13 @@ def _check_content(path: Path, content: Any) -> None:
             f"{VERSION}: use the checkout that wrote it, or start in a new folder"
         )
     missing = [part for part in PARTS if part not in content]
-    if missing or set(content["position"]) != {f.name for f in dataclasses.fields(Position)}:
+    fields = [field.name for field in dataclasses.fields(Position)]
+    if missing or sorted(content["position"]) != sorted(fields):
         raise InputError(f"{path} is incomplete: no valid {(missing or ['position'])[0]!r} in it")
 
 
 def restore_random_states(states: list[dict[str, Any]]) -> None:
-    """Give this rank its generators back; with another number of ranks they stay as seeded."""
+    """Restore this rank's generators; with another number of ranks they stay as seeded."""
     if len(states) != dist.world_size():
         return
     state = states[dist.rank()]
@@ -228,7 +229,7 @@ def restore_random_states(states: list[dict[str, Any]]) -> None:
 
 
 def carry_momentum(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
-    """Hand over the state of every parameter that both optimisers hold (between two stages)."""
+    """Copy the state of every parameter that both optimisers hold (between two stages)."""
     kept = {parameter for group in new.param_groups for parameter in group["params"]}
     for parameter, state in old.state.items():
         if parameter in kept:

@@ -1,6 +1,7 @@
 """Learning rate over a stage of training: a pure function of how far the stage has come."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -49,6 +50,17 @@ def learning_rate(stage: Stage, epoch: int, fraction: float = 0.0) -> float:
     if stage.schedule == "multistep":
         return stage.lr * stage.gamma ** sum(epoch >= milestone for milestone in stage.milestones)
     return stage.lr
+
+
+def saved_epochs(stages: Sequence[int], every: int) -> list[int]:
+    """Return the epochs whose weights are saved, ascending: 0, each stage's end, every so many.
+
+    Args:
+        stages: epochs of each stage.
+        every: a checkpoint's period in epochs.
+    """
+    ends = list(itertools.accumulate(stages))
+    return sorted({*range(0, ends[-1] + 1, every), *ends})
 
 
 def changed_past(
