@@ -4,9 +4,10 @@ Shapes are those of ``convert.layouts``; names are torchvision's; numbers are fl
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convert import layouts, sources, zoo
+from convert import layouts, networks, sources, zoo
 from convert.find import find
 from convert.reading import read
 from convert.sources import AUTHOR, Convention
 from core.errors import InputError
 from core.results import sha256_of
 from models.checkpoint import VERSION, is_ours
+from models.factory import TIMM, canonical, check_name
+from models.resnet import ARCHITECTURES
 
 KEPT = ("method", "epoch", "seed", "dataset", "image_size", "num_classes", "config", "code")
 STATED = ("arch", "mean", "std", "channel_order", "stride_in_1x1")
@@ -44,11 +47,13 @@ class Backbone:
     dropped_batch_counters: int  # num_batches_tracked
     set_aside: tuple[str, ...]  # what else the file holds: epoch, optimizer, momentum model, …
     origin: dict[str, Any]  # what the checkpoint says of itself: method, epoch, seed, …
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)  # of a network of --arch
 
     def facts(self) -> dict[str, Any]:
         """Return what is written beside the tensors; ``mean`` and ``std`` in R, G, B."""
         facts = {**vars(self), **vars(self.convention), "tensors": len(self.state), **self.origin}
-        for key in ("state", "convention", "origin"):
+        facts |= self.notes
+        for key in ("state", "convention", "origin", "notes"):
             del facts[key]
         return {key: list(v) if isinstance(v, tuple) else v for key, v in facts.items()}
 
@@ -56,6 +61,7 @@ class Backbone:
 def read_backbone(
     path: str | Path,
     *,
+    arch: str = "",
     format: str | None = None,
     prefix: str | None = None,
     drop: Sequence[str] = (),
@@ -66,6 +72,8 @@ def read_backbone(
 
     Args:
         path: a file, or ``timm:NAME`` / ``torchvision:NAME`` (weights on this machine).
+        arch: a name of ``models.factory``; "": what the file says of itself, or a ResNet, or what
+            its shapes say.
         format, prefix, drop: see ``convert.find.find``.
         mean: of R, G, B on 0…255, for weights that were trained with another than their format's
             usual one; ``std`` likewise. A file that states its own is not overruled.
@@ -82,16 +90,31 @@ def read_backbone(
         declared = _declared_names(content)
         if located:
             declared.append(located.name.partition(":")[2].partition(".")[0])
-        found = find(content, format=format, prefix=prefix, drop=drop)
+        options: Any = {"format": format, "prefix": prefix, "drop": drop}
+        network = _network(arch, facts, located)
+        if not network:
+            try:
+                found = find(content, **options)
+            except ValueError as error:
+                network = _by_shapes(content, declared, error)
+        if network:
+            found = find(content, **options, families=[networks.family(network)])
         del content  # with it go optimiser states and momentum encoders
-        for declared_name in declared:
-            _check_name(declared_name, found.arch, required=format is not None)
-        if found.spelling == "transformers":
-            _check_config(file.with_name("config.json"))
-        state = _as_tensors(found.tensors)
-        if found.format == "torchvision" and not (format or located):
-            _check_statistics(state)
-        usual = located.convention if located else sources.FORMATS[found.format].convention
+        state = dict(_checked(found.tensors))
+        stated = bool(facts or located or found.normalizer or mean is not None)
+        if network:
+            usual, unsure = networks.usual_input(network, found)
+            found.notes["input_from"] = "" if stated else unsure
+        else:
+            for declared_name in [*declared, *([arch] if arch else [])]:
+                _check_name(declared_name, found.arch, required=format is not None)
+            if found.spelling == "transformers":
+                _check_config(file.with_name("config.json"))
+            state = _with_statistics(state)
+            if found.format == "torchvision" and not (format or located):
+                _check_statistics(state)
+            usual = sources.FORMATS[found.format].convention
+        usual = located.convention if located else usual
         convention = _convention(usual, facts, found.normalizer, mean, std)
     except ValueError as error:
         raise InputError(f"{name}: {error}") from None
@@ -107,17 +130,53 @@ def read_backbone(
         dropped_batch_counters=found.counters,
         set_aside=found.aside,
         origin={key: facts[key] for key in KEPT if key in facts},
+        notes=found.notes,
     )
 
 
-def _as_tensors(values: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Check every value and return it as a tensor; numbers are not converted yet.
+def _network(arch: str, facts: Mapping[str, Any], located: zoo.Located | None) -> str:
+    """Return the network of ``models.factory`` that is named, "" for a ResNet or none.
+
+    Raises:
+        InputError: there is no network of that name.
+    """
+    name = arch or str(facts.get("arch", ""))
+    if not name and located and located.name.startswith("timm:"):
+        name = TIMM + located.name.partition(":")[2]
+    short = name.removeprefix(TIMM).partition(".")[0] if not arch else name
+    with contextlib.suppress(ValueError):
+        layouts.layout_of(short)
+        return ""
+    if not name or (not arch and name in ARCHITECTURES):
+        return ""
+    check_name(name)
+    return canonical(name)
+
+
+def _by_shapes(content: Any, declared: Sequence[str], error: ValueError) -> str:
+    """Return the network of timm whose names and shapes a file without a ResNet has.
+
+    Raises:
+        ValueError: none or several that the file does not name: they are listed.
+    """
+    fits = networks.candidates(content) if isinstance(content, Mapping) else []
+    named = [name for name in fits if name in declared]
+    if len(fits) == 1 or len(named) == 1:
+        return TIMM + (named or fits)[0]
+    if fits:
+        names = " or ".join(f"{TIMM}{name}" for name in fits)
+        raise ValueError(f"its tensors are those of {names}: say which with --arch") from None
+    raise error
+
+
+def _checked(values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Check every value and yield it as a tensor; numbers are not converted yet.
 
     Raises:
         ValueError: a value is no floating tensor, holds NaN or infinity, or a negative variance; or
             the stem is all zeros.
     """
-    state: dict[str, Tensor] = {}
+    stem = True
     for name, value in values.items():
         if isinstance(value, np.ndarray):
             value = _from_numpy(name, value)
@@ -129,10 +188,13 @@ def _as_tensors(values: Mapping[str, Any]) -> dict[str, Tensor]:
             raise ValueError(f"{name} holds NaN or infinity: the run that made it had diverged")
         if name.endswith("running_var") and bool((value < 0).any()):
             raise ValueError(f"{name} is negative in places: a variance cannot be")
-        state[name] = value.detach()
-    if not bool(state["conv1.weight"].any()):
-        raise ValueError("conv1.weight, the stem, is all zeros: the weights were never filled in")
-    return _with_statistics(state)
+        if value.ndim == 4 and stem and name.endswith("weight"):
+            stem = False
+            if not bool(value.any()):
+                raise ValueError(
+                    f"{name}, the stem, is all zeros: the weights were never filled in"
+                )
+        yield name, value.detach()
 
 
 def _check_statistics(state: Mapping[str, Tensor]) -> None:

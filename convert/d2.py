@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from convert import layouts, names, zoo
+from convert import layouts, names, networks, zoo
 from convert.backbone import Backbone, read_backbone
 from convert.find import relative
 from convert.sources import AUTHOR, FORMATS
@@ -45,6 +45,7 @@ def convert(
     path: str | Path,
     output: str | Path | None = None,
     *,
+    arch: str = "",
     format: str | None = None,
     prefix: str | None = None,
     to: str = "detectron2",
@@ -59,6 +60,7 @@ def convert(
     Args:
         path: a file, or ``timm:NAME`` / ``torchvision:NAME`` (weights on this machine).
         output: where to; by default beside the source, ``ckpt_d2.pth`` or ``ckpt_torchvision.pth``.
+        arch: the network's name, where the file does not say it; see ``read_backbone``.
         format: required format, a key of ``convert.sources.FORMATS``.
         prefix: which of several backbones, by its place in the file.
         to: "detectron2", or "torchvision" for the way back.
@@ -74,7 +76,9 @@ def convert(
     """
     target = default_output(path, to) if output is None else Path(output)
     _check_target(target, path, to)
-    source = read_backbone(path, format=format, prefix=prefix, drop=drop, mean=mean, std=std)
+    source = read_backbone(
+        path, arch=arch, format=format, prefix=prefix, drop=drop, mean=mean, std=std
+    )
     backbone = _for_torchvision(source) if to == "torchvision" else source
     _check_overwrite(target, source, overwrite)
     facts = backbone.facts()
@@ -103,11 +107,20 @@ def load_converted(path: str | Path) -> dict[str, Any]:
     if missing:
         raise InputError(f"{path} lacks the facts {', '.join(missing)}: convert it again")
     try:
-        shapes = {names.to_torchvision(k): tuple(v.shape) for k, v in content["model"].items()}
-        layouts.compare(shapes, layouts.layout_of(facts["arch"]))
+        shapes = {key: tuple(value.shape) for key, value in content["model"].items()}
+        if is_network(facts):
+            networks.compare(shapes, facts["arch"])
+        else:
+            renamed = {names.to_torchvision(key): shape for key, shape in shapes.items()}
+            layouts.compare(renamed, layouts.layout_of(facts["arch"]))
     except (ValueError, AttributeError, KeyError) as error:
         raise InputError(f"{path}: {error}") from None
     return dict(content)
+
+
+def is_network(facts: Mapping[str, Any]) -> bool:
+    """Whether converted weights have a network's own names, and not detectron2's of a ResNet."""
+    return "new_tensors" in facts
 
 
 def default_output(path: str | Path, to: str = "detectron2") -> Path:
@@ -126,6 +139,8 @@ def _for_torchvision(backbone: Backbone) -> Backbone:
         InputError: the stride stands in the 1×1, where torchvision's ResNet has none.
     """
     convention = backbone.convention
+    if is_network(backbone.notes):
+        raise InputError(f"{backbone.source_path} is a {backbone.arch}, which torchvision has not")
     if convention.stride_in_1x1 and layouts.layout_of(backbone.arch).bottleneck:
         raise InputError(
             f"{backbone.source_path}: its blocks stride in the 1×1 convolution (MSRA), and "
@@ -142,7 +157,9 @@ def _content(backbone: Backbone, facts: dict[str, Any], to: str) -> dict[str, An
     content: dict[str, Any] = {"__author__": AUTHOR, "facts": facts}
     if to == "torchvision":
         return {"model": dict(backbone.state), **content}
-    model = {names.to_detectron2(key): value for key, value in backbone.state.items()}
+    model = dict(backbone.state)
+    if not is_network(facts):
+        model = {names.to_detectron2(key): value for key, value in model.items()}
     return {"model": model, "matching_heuristics": True, **content}
 
 
@@ -210,6 +227,10 @@ def summary(facts: Mapping[str, Any]) -> list[str]:
         f"std {_numbers(facts['std'])}",
         f"stride    in the {'1×1 (MSRA)' if facts['stride_in_1x1'] else '3×3 (torchvision)'}",
     ]
+    for title, key in (("new", "new_tensors"), ("positions", "positions"), ("note", "input_from")):
+        if value := facts.get(key):
+            said = f"{len(value)}, such as {value[0]}" if isinstance(value, list) else value
+            lines.append(f"{title:9} {said}")
     return [*lines, f"origin    {', '.join(known)}"] if known else lines
 
 

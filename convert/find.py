@@ -17,7 +17,8 @@ import torch
 
 from convert import layouts, sources
 
-FAMILIES: tuple[Callable[[Mapping[str, Any]], layouts.Match | None], ...] = (layouts.match,)
+Family = Callable[[Mapping[str, Any]], layouts.Match | None]
+FAMILIES: tuple[Family, ...] = (layouts.match,)
 WRAPPERS = {  # segments of names that DDP, torch.compile, FSDP, checkpointing and Lightning insert
     "module", "_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module",
     "_forward_module",
@@ -40,6 +41,8 @@ class _Candidate:
 
     @property
     def tensors(self) -> dict[str, Any]:
+        if self.match.values is not None:
+            return dict(self.match.values)
         return {known: self.state[self.prefix + n] for known, n in self.match.tensors.items()}
 
     @property
@@ -60,6 +63,7 @@ class Found:
     counters: int  # num_batches_tracked of the backbone, left behind too
     aside: tuple[str, ...]  # what else the file holds at its top level: epoch, optimizer, …
     normalizer: dict[str, Any]  # mean and std of a normalisation that lies beside it, or empty
+    notes: dict[str, Any]  # what the family says besides
 
 
 def find(
@@ -68,6 +72,7 @@ def find(
     format: str | None = None,
     prefix: str | None = None,
     drop: Sequence[str] = (),
+    families: Sequence[Family] = FAMILIES,
 ) -> Found:
     """Return the backbone in what was read from a checkpoint file.
 
@@ -76,6 +81,7 @@ def find(
         format: the required format, by its name.
         prefix: the place of the wanted backbone, or a part of it, where a file has several.
         drop: further patterns of names to leave behind.
+        families: the architectures that are looked for.
 
     Raises:
         ValueError: no complete backbone, or several that differ; an input convention that the file
@@ -85,9 +91,9 @@ def find(
         raise ValueError(f"format {format!r} is unknown; known are {', '.join(sources.FORMATS)}")
     if not isinstance(content, Mapping):
         raise ValueError(f"it holds a {type(content).__name__}, not a dict of tensors")
-    candidates, misses = _candidates(content)
+    candidates, misses = _candidates(content, families)
     if not candidates:
-        raise ValueError(_why_none(content, misses))
+        raise ValueError(_why_none(content, misses, families is FAMILIES))
     if misses and prefix is None:  # a teacher that lacks a tensor is no reason to take the student
         raise ValueError(
             f"{misses[0]}; complete backbones: {_places(candidates)}; select one with --prefix"
@@ -104,6 +110,7 @@ def find(
         len(chosen.match.counters),
         tuple(str(key) for key in content if chosen.path and str(key) != chosen.path[0]),
         normalizer,
+        dict(chosen.match.notes),
     )
 
 
@@ -117,25 +124,33 @@ def relative(name: str, prefix: str) -> str:
     return ".".join(parts)
 
 
-def _candidates(content: Mapping[Any, Any]) -> tuple[list[_Candidate], list[str]]:
+def _candidates(
+    content: Mapping[Any, Any], families: Sequence[Family]
+) -> tuple[list[_Candidate], list[str]]:
     """Return the complete backbones, and why each other subtree that looks like one is none."""
-    found, misses = [], []
-    for path, state in _states(content):
-        for prefix, subtree in _subtrees(state).items():
-            for family in FAMILIES:
+    found: list[_Candidate] = []
+    misses: list[tuple[str, Mapping[str, Any], str]] = []  # prefix, state dict and reason
+    for path, state in states(content):
+        for prefix, subtree in subtrees(state).items():
+            for family in families:
                 try:
                     match = family(subtree)
                 except ValueError as error:
                     place = ".".join([*path, *prefix.split(".")[:-1]])
-                    misses.append(f"{place}: {error}" if place else str(error))
+                    misses.append((prefix, state, f"{place}: {error}" if place else str(error)))
                     continue
                 if match is not None:
                     found.append(_Candidate(path, state, prefix, match))
                     break
-    return found, misses
+
+    def is_part(prefix: str, state: Mapping[str, Any]) -> bool:  # of a backbone in another layout
+        names = (name for c in found if c.state is state and c.prefix != prefix for name in c.names)
+        return any(name.startswith(prefix) for name in names)
+
+    return found, [why for prefix, state, why in misses if not is_part(prefix, state)]
 
 
-def _states(content: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+def states(content: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
     """Each state dict of a file, and the keys that lead to it; one that occurs twice counts once.
 
     Names are without wrappers; a C4 detector's last stage is put beside its other stages.
@@ -165,7 +180,7 @@ def _unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def _subtrees(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def subtrees(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return every subtree by its prefix: values by their names below the prefix."""
     subtrees: dict[str, dict[str, Any]] = collections.defaultdict(dict)
     for name, value in state.items():
@@ -236,10 +251,12 @@ def _account(
     Raises:
         ValueError: there is something that is not known to be dropped.
     """
-    heads = sources.BLOBS if chosen.match.spelling == "caffe2" else sources.HEADS
+    known_heads = sources.BLOBS if chosen.match.spelling == "caffe2" else sources.HEADS
+    heads = (*known_heads, *chosen.match.beside)
     modules, used, others = [], chosen.names, set[str]()
     for other in candidates:
-        if other.state is chosen.state and other is not chosen:
+        same = not other.names.isdisjoint(chosen.names)  # in another layout
+        if other.state is chosen.state and other is not chosen and not same:
             others |= other.names
             if below := relative(other.prefix, chosen.prefix):  # else chosen lies inside of it
                 modules.append(other.prefix.removesuffix(below) + below.partition(".")[0] + ".")
@@ -257,11 +274,11 @@ def _account(
             statistic
             or name in others
             or name.startswith(tuple(modules))
-            or _matches((short, sources.TWIN.sub("", short)), heads)
-            or _matches((short, name), drop)
+            or matches((short, sources.TWIN.sub("", short)), heads)
+            or matches((short, name), drop)
         )
         if short.startswith("classifier.") and len(getattr(value, "shape", ())) == 4:
-            known = _matches((short, name), drop)  # torchvision's segmentation, or one like it
+            known = matches((short, name), drop)  # torchvision's segmentation, or one like it
         (dropped if known else extra).append(name)
     if extra:
         raise ValueError(
@@ -272,7 +289,7 @@ def _account(
     return dropped, normalizer if len(normalizer) == 2 else {}
 
 
-def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
+def matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
     """Whether one of several spellings of a name, or a module it lies in, is among patterns."""
     wanted = [p for pattern in patterns for p in (pattern, f"{pattern}.*")]
     return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in wanted)
@@ -297,9 +314,12 @@ def _format(content: Mapping[str, Any], chosen: _Candidate, format: str | None) 
     return fits[0]
 
 
-def _why_none(content: Mapping[Any, Any], misses: Sequence[str]) -> str:
+def _why_none(content: Mapping[Any, Any], misses: Sequence[str], resnets: bool) -> str:
     """Say why no backbone was found, with what the file seems to be."""
-    names = [name for _, state in _states(content) for name in state]
+    if not resnets:
+        keys = f"it does not hold that network: its keys are {_some(list(content))}"
+        return misses[0] if misses else keys
+    names = [name for _, state in states(content) for name in state]
     if network := sources.reason(sources.OTHERS, names):
         return f"it is {network}, no ResNet that detectron2 can hold"
     if misses:

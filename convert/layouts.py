@@ -87,6 +87,9 @@ class Match:
     spelling: str
     tensors: dict[str, str]  # torchvision's name → the subtree's
     counters: tuple[str, ...]  # the subtree's num_batches_tracked, which nothing needs
+    values: Mapping[str, Any] | None = None  # tensors, where they are not the subtree's own
+    beside: tuple[str, ...] = ()  # patterns of what may lie beside it, as sources.HEADS
+    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # further facts
 
 
 def match(subtree: Mapping[str, Any]) -> Match | None:

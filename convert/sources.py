@@ -70,6 +70,8 @@ FORMATS = {
                          ("detectron2",)),
     "detectron2-fair": Format("detectron2's names (its zoo's X-101): BGR, ImageNet std, stride in "
                               "the 3×3", ("detectron2",), FAIR),
+    "network": Format("any network that --arch names: timm/NAME or path/to/file.py:function, in "
+                      "timm's layout or one that timm reads (MAE, DINO, CLIP, …)", ("network",)),
     "detectron2-msra": Format("detectron2's names (its zoo's R50): BGR, std 1, stride in the 1×1",
                               ("detectron2",), MSRA),
 }  # fmt: skip
@@ -169,6 +171,8 @@ def formats_of(
         return ["own"]
     if content.get("__author__") == AUTHOR and isinstance(content.get("facts"), Mapping):
         return ["converted"]
+    if spelling == "network":
+        return ["network"]
     if spelling == "detectron2":
         return _detectron2_formats(content.get("__author__"), state)
     if spelling == "caffe2":

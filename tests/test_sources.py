@@ -515,8 +515,9 @@ def found_in(name: str, **options: Any) -> tuple[Content, Found]:
 
 
 def test_every_format_but_one_has_a_layout() -> None:
-    """The other is a ResNeXt, with a test of its own."""
-    assert set(sources.FORMATS) - {format_of(name) for name in LAYOUTS} == {"caffe2-fair"}
+    """The others are a ResNeXt and any network of timm, with tests of their own."""
+    others = {"caffe2-fair", "network"}
+    assert set(sources.FORMATS) - {format_of(name) for name in LAYOUTS} == others
 
 
 @LAYOUT

@@ -22,6 +22,9 @@ def parse() -> argparse.Namespace:
     parser = _checkout.Parser(__doc__)
     parser.add_argument("checkpoint", nargs="?", help="a file, timm:NAME or torchvision:NAME")
     parser.add_argument("--output", type=_checkout.file, help="default: ckpt_d2.pth beside it")
+    parser.add_argument("--arch", default="", metavar="NAME",
+                        help="the network, where the file does not say it: timm/NAME[.TAG] or "
+                        "path/to/file.py:function")
     parser.add_argument("--format", help="the input convention: one of --list-formats")
     parser.add_argument("--prefix", metavar="PLACE",
                         help="select one of several backbones in the file, e.g. model_ema")
@@ -59,6 +62,7 @@ def main() -> None:
     conversion = convert(
         arguments.checkpoint,
         arguments.output,
+        arch=arguments.arch,
         format=arguments.format,
         prefix=arguments.prefix,
         to=arguments.to,
