@@ -1,7 +1,7 @@
-"""Every command of README runs: word for word, with arguments after it that make it a toy.
+"""Every command of README and of docs' pages runs: word for word, with arguments that make it a toy.
 
-A command that README gains without an entry here fails the test, and so does an entry that README
-no longer has.
+A command that a page gains without an entry here fails the test, and so does an entry that no page
+has.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from data.shapes.scenes import write_coco
-from tests import fake_slurm
+from tests import fake_slurm, tool_process
 from tests.coco_cases import random_case, write_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +40,8 @@ TINY_SUITE = (
 )
 TINY_COCO = "--train-json {json} --train-images {images} --val-json {json} --val-images {images}"
 
-# README's command → what stands in for its example files, and what follows it
+# a page's command → what stands in for its example files, and what follows it; each after those
+# that make what it reads
 TOY: dict[str, tuple[dict[str, str], str]] = {
     "tools/pretrain.sh ctc": ({}, f"--output {{runs}}/r50 {TINY_RUN} {TINY_CTC}"),
     "tools/convert_to_d2.py runs/ctc_shapes-s1/checkpoints/epoch_0009.pth": (
@@ -164,9 +165,11 @@ TOY: dict[str, tuple[dict[str, str], str]] = {
 }
 
 
-def readme_commands() -> list[str]:
-    """Return the commands of README's bash blocks, comments stripped, in order, each once."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def page_commands() -> list[str]:
+    """Return the commands of the pages' bash blocks, comments stripped, in order, each once."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    text = "\n".join(page.read_text() for page in pages)
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
     return list(dict.fromkeys(line for line in lines if line))
 
@@ -200,10 +203,11 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory, tiny_npz: Path) -> dict[
     }
 
 
-def test_every_command_of_readme_works(stand_ins: dict[str, str]) -> None:
-    commands = [c for c in readme_commands() if not c.startswith("make")]
-    assert set(commands) == set(TOY)
-    environment = {**os.environ, "PYTHON": sys.executable, "DETECTRON2_DATASETS": "/nowhere"}
+def test_every_command_of_the_pages_works(stand_ins: dict[str, str]) -> None:
+    assert {c for c in page_commands() if not c.startswith("make")} == set(TOY)
+    commands = list(TOY)  # in the order in which one makes what another reads
+    environment = {**os.environ, "PYTHON": sys.executable, "NPROC": "1"}
+    environment["DETECTRON2_DATASETS"] = "/nowhere"
     environment["PATH"] = stand_ins["slurm"] + os.pathsep + environment["PATH"]
     if importlib.util.find_spec("submitit") is None:
         commands = [command for command in commands if "slurm" not in command]
@@ -227,22 +231,24 @@ def _toy_words(command: str, stand_ins: dict[str, str]) -> list[str]:
     for old, new in replaced.items():
         assert old in command, f"{old} is not in {command}"
         command = command.replace(old, new)
-    words = shlex.split(f"{command} {more}".format(**stand_ins))
-    return [sys.executable, *words] if words[0].endswith(".py") else words
+    return shlex.split(f"{command} {more}".format(**stand_ins))
 
 
 def _run(words: list[str], environment: dict[str, str], waits: list[Future[None]]) -> None:
     for future in waits:  # submitted earlier, so that they are done or under way
         future.result()
-    result = subprocess.run(
-        words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
+    if words[0].endswith(".py"):
+        result = tool_process.call([str(ROOT / words[0]), *words[1:]], ROOT, environment, 600)
+    else:
+        result = subprocess.run(
+            words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+        )
     said = result.stdout[-1500:] + result.stderr[-3000:]
     assert result.returncode == 0, f"{shlex.join(words)}\n{said}"
 
 
-@pytest.mark.parametrize("command", [c for c in readme_commands() if c.startswith("make")])
-def test_every_make_target_of_readme_exists(command: str) -> None:
+@pytest.mark.parametrize("command", [c for c in page_commands() if c.startswith("make")])
+def test_every_make_target_of_the_pages_exists(command: str) -> None:
     result = subprocess.run(
         [*shlex.split(command), "--dry-run"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
