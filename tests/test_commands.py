@@ -1,4 +1,4 @@
-"""Every command of README and of docs' pages runs: word for word, with arguments that make it a toy.
+"""Every command of README and of docs' pages runs, word for word, with toy arguments after it.
 
 A command that a page gains without an entry here fails the test, and so does an entry that no page
 has.

@@ -1,7 +1,7 @@
 """Runs the tools as a user would, each in a process of its own, without importing torch each time.
 
-A process that has imported torch and detectron2 once, and nothing of the suite, is forked for every
-command: its working folder, environment, standard streams and ``sys.path`` are those of a fresh start.
+A process that has imported torch and detectron2, and nothing of the suite, is forked for every
+command: working folder, environment, standard streams and ``sys.path`` are those of a fresh start.
 """
 
 import multiprocessing
