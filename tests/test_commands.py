@@ -121,7 +121,7 @@ TOY: dict[str, tuple[dict[str, str], str]] = {
         f"{TINY_COCO} --output {{runs}}/planned {TINY_NET} {R18} "
         "--images 2 --only keys,parity,stem,input,memory,evaluate,resume",
     ),
-    "tools/run_transfer.py --config transfer/cub200_linear.yaml --weights ckpt.pth": (
+    "tools/run_transfer.py --config transfer/linear.yaml --data cub200 --weights ckpt.pth": (
         {"ckpt.pth": "{runs}/r18/checkpoints/epoch_0001.pth"},
         f"--output {{runs}}/linear methods [linear] data.workers 0 {TINY_NPZ}",
     ),
