@@ -44,20 +44,13 @@ def run_tool() -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(
         name: str, *arguments: object, cwd: Path | None = None, ranks: int = 1, timeout: float = 300
     ) -> subprocess.CompletedProcess[str]:
-<<<<<<< HEAD
-        command = [sys.executable]
-        if ranks > 1:
-            command += [str(ROOT / "tools/launch.py"), "--processes", str(ranks)]
-        command += [str(ROOT / "tools" / name), *map(str, arguments)]
-=======
         words = [str(ROOT / "tools" / name), *map(str, arguments)]
         environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
         if ranks == 1:
             return tool_process.call(words, cwd or Path("/"), environment, timeout)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
->>>>>>> 85a2213 (README in 72 lines; the rest is pages under docs, whose commands a test runs)
+        launcher = [sys.executable, str(ROOT / "tools" / "launch.py"), "--processes", str(ranks)]
         return subprocess.run(
-            [*launcher, "--nproc-per-node", str(ranks), *words],
+            [*launcher, *words],
             cwd=cwd or "/",
             capture_output=True,
             text=True,
