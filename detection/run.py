@@ -117,8 +117,9 @@ def _run_as_rank(request: Request) -> int:
 def _as_started(request: Request) -> Request:
     """Return a request with the processes that the environment says, on GPUs if there are any."""
     ranks = int(os.environ["WORLD_SIZE"])
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     on_cpu = request.num_processes or request.num_gpus == 0 or not torch.cuda.is_available()
+    most = ranks if on_cpu else min(ranks, torch.cuda.device_count())
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", most))  # srun by hand does not set it
     return dataclasses.replace(
         request,
         num_gpus=0 if on_cpu else here,

@@ -1,9 +1,10 @@
 """Locked folders, and folders that cannot be."""
 
+import errno
+import importlib
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,15 @@ import pytest
 
 from core.errors import InputError
 from core.files import LOCK, check_folder, check_not_locked, is_empty, locked
-from tests.test_signals import script
+from tests.test_signals import ROOT, script, wait_until
+
+
+def is_free(folder: Path) -> bool:
+    try:
+        with locked(folder):
+            return True
+    except InputError:
+        return False
 
 
 def test_a_held_folder_is_refused_and_names_its_holder(tmp_path: Path) -> None:
@@ -49,9 +58,8 @@ def test_a_lock_goes_with_its_process_although_a_forked_child_lives_on(tmp_path:
             pass
         process.kill()
         process.wait()
-        with locked(tmp_path):
-            pass
-        os.kill(child, signal.SIGKILL)
+        wait_until(lambda: is_free(tmp_path))
+        os.kill(child, signal.SIGKILL)  # it was alive
 
 
 def test_a_command_that_inherits_the_lock_holds_the_folder_on(tmp_path: Path) -> None:
@@ -61,13 +69,7 @@ def test_a_command_that_inherits_the_lock_holds_the_folder_on(tmp_path: Path) ->
         pass
     child.kill()
     child.wait()
-    end = time.monotonic() + 30
-    while True:
-        try:
-            with locked(tmp_path):
-                return
-        except InputError:
-            assert time.monotonic() < end
+    wait_until(lambda: is_free(tmp_path))
 
 
 def test_a_file_in_the_way_of_a_folder_is_named(tmp_path: Path) -> None:
@@ -113,3 +115,18 @@ def test_a_file_to_write_that_names_a_folder_is_one_sentence(
     for output in (tmp_path, tmp_path / "file" / "x.pth"):
         status, _, said = call_tool("convert_to_d2.py", "--output", output)
         assert (status, said.count("\n")) == (2, 1), said
+
+
+def test_a_folder_that_may_not_be_written_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    checkout = importlib.import_module("_checkout")
+
+    def main() -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "/data/run")
+
+    with pytest.raises(SystemExit) as ended:
+        checkout.run(main)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: /data/run: Permission denied\n"

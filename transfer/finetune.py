@@ -186,13 +186,8 @@ def _train_and_score(
 ) -> float | None:
     """Train with one rate and decay and return the score on ``evaluated``; None if it diverged."""
     done, fingerprint = folder / "score.json", f"{job.fingerprint} lr {lr} wd {decay}"
-    if job.resume and done.exists():
-        before = json.loads(done.read_text())
-        if before.get("fingerprint") != fingerprint:
-            raise InputError(
-                f"{folder} holds a finished training of other weights, another seed, recipe or "
-                "data: give another --output"
-            )
+    before = dist.from_main(lambda: _finished(done, fingerprint) if job.resume else None)
+    if before is not None:
         return before["score"]
     model = with_new_head(copy.deepcopy(job.backbone.model), len(learn.classes), job.seed)
     dataset, epochs = _stretched(job, learn)
@@ -225,7 +220,7 @@ def _train_and_score(
             seed=job.seed,
             device=job.device,
             workers=job.data.workers,
-            resume_run=job.resume and resume.is_there(folder),
+            resume_run=dist.from_main(lambda: job.resume and resume.is_there(folder)),
             recipe={"weights, data and recipe": job.fingerprint, "lr": lr, "weight_decay": decay},
         )
         if score is None:  # cut between the last step and this
@@ -242,6 +237,23 @@ def _train_and_score(
             state.unlink(missing_ok=True)  # finished: it would only fill the disk
     dist.barrier()
     return score
+
+
+def _finished(file: Path, fingerprint: str) -> dict[str, Any] | None:
+    """Return the record of a finished training, None if there is none.
+
+    Raises:
+        InputError: it is of another training.
+    """
+    if not file.exists():
+        return None
+    before: dict[str, Any] = json.loads(file.read_text())
+    if before.get("fingerprint") != fingerprint:
+        raise InputError(
+            f"{file.parent} holds a finished training of other weights, another seed, recipe or "
+            "data: give another --output"
+        )
+    return before
 
 
 def _save(job: Job, model: Network, learnt: IndexedDataset, path: Path) -> None:

@@ -58,7 +58,9 @@ def released_probe(
         InputError: several processes, images that cannot be read, or a loss that is not finite.
     """
     if dist.world_size() > 1:
-        raise InputError("the released protocol runs in one process: start it without torchrun")
+        raise InputError(
+            "the released protocol runs in one process: start it without tools/launch.py"
+        )
     device = torch.device(device)
     network = copy.deepcopy(model).to(device).train().requires_grad_(False)
     with torch_seeded(seed):
