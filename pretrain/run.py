@@ -139,6 +139,8 @@ def train(
         recipe=recipe,
         check_state=accept,
     )
+    if dist.is_main() and not path.exists():  # removed since
+        save_weights(last)
     if last and not dist.from_main(lambda: is_recorded(folder, last)):
         value = scores[last] if last in scores else top1(model, held_out, config, device)
         dist.from_main(lambda: record(config, folder, dataset, held_out, path, value, legs))

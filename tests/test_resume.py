@@ -147,6 +147,14 @@ def test_a_state_that_cannot_be_used_is_one_sentence(
         pretrain(config(tiny_npz), run, resume_run=True)
 
 
+def test_a_removed_last_checkpoint_is_written_again(tiny_npz: Path, run: Path, done: Path) -> None:
+    last = run / "checkpoints" / "epoch_0002.pth"
+    last.unlink()
+    assert pretrain(config(tiny_npz), run, resume_run=True) == last
+    one, two = (load_checkpoint(p / "checkpoints" / last.name).model for p in (done, run))
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
+
+
 def test_another_number_of_processes_is_said_and_stands_in_the_row(
     tiny_npz: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
