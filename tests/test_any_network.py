@@ -15,7 +15,7 @@ from data.datasets import DataConfig, open_dataset
 from models.checkpoint import load_checkpoint
 from models.features import InputSpec, extract
 from pretrain.run import PretrainConfig, pretrain
-from tests.faults import TINY
+from tests.faults import COMMON, STAGES
 from training.loop import LoopConfig, Stopped, Trainer
 from transfer.backbone import from_checkpoint
 from transfer.data import open_splits
@@ -31,10 +31,11 @@ CASES = [("ce", "timm/test_convnext"), ("ctc", "timm/test_vit"), ("ce", "mine.py
 
 def recipe(data: Path, method: str, arch: str, *overrides: str) -> PretrainConfig:
     adamw = ["loop.optimizer", "adamw", "loop.decay_norm_and_bias", "false"]
-    values = ["data.image_size", "32", *adamw, "ce.stage.lr", "1e-3", "ctc.stage1.lr", "1e-3"]
+    rate = {"ce": ["ce.stage.lr", "1e-3"], "ctc": ["ctc.stage1.lr", "1e-3"]}.get(method, [])
+    values = [*STAGES[method], "data.image_size", "32", *adamw, *rate]
     if not arch.startswith("/"):
         values += ["drop_path_rate", "0.2"]
-    values = [*TINY, "arch", arch, "method", method, "data.root", str(data), *values, *overrides]
+    values = [*COMMON, "arch", arch, "method", method, "data.root", str(data), *values, *overrides]
     return load_config(PretrainConfig, None, values)
 
 

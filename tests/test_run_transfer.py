@@ -127,6 +127,8 @@ def test_a_foreign_checkpoint_enters_by_its_format(
     key = run_here(tmp_path / "moco.pth.tar", options=("--prefix", "encoder_k"))[-1]
     assert (key.init, key.value) == ("moco", first.value)
     assert key.weights != first.weights  # another backbone of the file: never one mean with it
+    msra = run_here(tmp_path / "plain.pth", options=("--format", "torchvision-msra"))[-1]
+    assert msra.weights != second.weights  # nor with the same one under another convention
     assert first.value == second.value
     assert first.details["arch"] == "resnet18"
 

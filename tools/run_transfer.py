@@ -77,7 +77,8 @@ def main() -> int:
 def read_weights(path: str, init: str, format: str | None, prefix: str | None) -> "Backbone":
     """Return the backbone in a file: of this suite, or any that convert finds.
 
-    Rows name weights of others by their file, and tell two backbones of one file apart.
+    Rows name weights of others by their file, and tell apart two backbones of one file and two
+    conventions (``format``) under which one backbone was read.
 
     Raises:
         InputError: missing, damaged, holding code, or no image backbone.
@@ -92,8 +93,9 @@ def read_weights(path: str, init: str, format: str | None, prefix: str | None) -
         return backbone.from_checkpoint(load_checkpoint(path), sha256_of(path), init)
     found = read_backbone(path, format=format, prefix=prefix)
     sha256 = found.source_sha256
-    if prefix is not None:
-        sha256 = hashlib.sha256(f"{sha256} {found.source_place}".encode()).hexdigest()
+    chosen = [*([] if prefix is None else [found.source_place]), *([format] if format else [])]
+    if chosen:
+        sha256 = hashlib.sha256(" ".join([sha256, *chosen]).encode()).hexdigest()
     return backbone.from_tensors(
         found.arch,
         found.state,
