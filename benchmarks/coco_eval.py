@@ -19,8 +19,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detection.coco_backends import choose
-from detection.saved import evaluate_saved
+from detection.saved import choose, evaluate_saved
 
 REPEATS = 3  # the fastest counts, on both sides
 AGREE = 1e-10  # between any two of COCO's twelve numbers

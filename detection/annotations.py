@@ -1,4 +1,4 @@
-"""COCO's annotation format, read and validated whole, before anything depends on it.
+"""COCO's annotations and detections, read and validated whole, before anything depends on them.
 
 pycocotools and detectron2 take a malformed entry as it comes: some end a run with a traceback after
 its last iteration, some change a number without a word. Here every entry is looked at once, and
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pycocotools.coco import COCO
 
 from core.errors import InputError
 
@@ -74,6 +75,25 @@ def read_annotations(path: Path, kind: str = "coco", train: bool = False) -> dic
         if wrong := _wrong_annotation(entry, sizes, keypoints, train):
             raise InputError(f"{path}: annotation {entry['id']} has {wrong}")
     return content
+
+
+def read_detections(path: Path, truth: COCO) -> list[dict[str, Any]]:
+    """Read detections in COCO's result format; an empty list is one, an empty file is not.
+
+    Raises:
+        InputError: which entry is wrong, and how.
+    """
+    detections = read_json(path)
+    if not isinstance(detections, list):
+        raise InputError(f"{path} is not a list of detections, as COCO's result format has it")
+    sizes = {key: [image["height"], image["width"]] for key, image in truth.imgs.items()}
+    for number, detection in enumerate(detections, 1):
+        wrong = _wrong_detection(detection, sizes, truth.cats)
+        if wrong:
+            raise InputError(f"{path}: detection {number} {wrong}")
+    if not any(all(field in d for d in detections) for field in ("bbox", "segmentation")):
+        raise InputError(f"{path}: neither a bbox nor a segmentation is in every detection")
+    return detections
 
 
 def all_finite(values: Iterable[Any]) -> bool:
@@ -226,6 +246,34 @@ def _wrong_rle(mask: dict[str, Any], size: list[int]) -> str:
         return f"a mask with counts {_brief(counts)}, which must be RLE: run lengths or a string"
     if sum(runs) != size[0] * size[1]:
         return f"a mask of {sum(runs)} pixels, but its image has {size[0] * size[1]}"
+    return ""
+
+
+def _wrong_detection(
+    detection: Any, sizes: dict[int, list[int]], categories: dict[int, Any]
+) -> str:
+    """Return what is wrong with one detection, "" for nothing; ``sizes`` are [height, width]."""
+    if not isinstance(detection, dict):
+        return "is not an object with image_id, category_id and score"
+    for field in ("image_id", "category_id", "score"):
+        if field not in detection:
+            return f"has no {field}"
+    for field, known in (("image_id", sizes), ("category_id", categories)):
+        value = detection[field]
+        if not isinstance(value, int | str) or value not in known:
+            return f"has {field} {value!r}, which is not in the annotations"
+    if not all_finite([detection["score"]]):
+        return f"has score {detection['score']!r}, not a finite number"
+    if "bbox" in detection:
+        box = detection["bbox"]
+        if not isinstance(box, list) or len(box) != 4 or not all_finite(box):
+            return f"has bbox {box!r}, not [x, y, width, height] in finite pixels"
+    if "segmentation" in detection:
+        mask, size = detection["segmentation"], sizes[detection["image_id"]]
+        if not isinstance(mask, dict) or not isinstance(mask.get("counts"), str):
+            return "has a segmentation that is not compressed RLE (size and counts)"
+        if mask.get("size") != size:
+            return f"has a mask of size {mask.get('size')}, but its image is {size} (height, width)"
     return ""
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 
-from detection.coco_backends import matches
+from detection.saved import matches
 
 Array = NDArray[Any]
 

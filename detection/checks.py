@@ -29,7 +29,7 @@ from detection.datasets import Split, open_pair
 from detection.evaluation import check_split, evaluate_model
 from detection.loader import Records
 from detection.plan import disk, world
-from detection.scores import result_rows
+from detection.saved import result_rows
 from detection.trainer import Trainer, seed_torch
 
 INIT_BAND = 0.1  # a stem whose spread is within this of the random one may be random

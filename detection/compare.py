@@ -13,6 +13,7 @@ from tabulate import tabulate
 from core.errors import InputError
 from core.identity import identity
 from core.results import ROWS_FILE, ResultRow, append_rows, is_set_aside, latest, read_rows
+from detection.annotations import read_detections
 from detection.bootstrap import (
     LEVEL,
     Array,
@@ -22,13 +23,7 @@ from detection.bootstrap import (
     draws,
     match,
 )
-from detection.saved import (
-    DATASET_FILE,
-    RESULTS_FILE,
-    open_truth,
-    read_detections,
-    tasks_of,
-)
+from detection.saved import DATASET_FILE, RESULTS_FILE, open_truth, tasks_of
 
 INTERVALS_FILE = "bootstrap.jsonl"
 

@@ -25,8 +25,8 @@ from detectron2.structures import Boxes, BoxMode, Instances
 
 from core.errors import InputError
 from detection.annotations import read_annotations
-from detection.coco_backends import Evaluation
 from detection.datasets import Split, check_all_decode, check_present
+from detection.saved import Evaluation
 
 OWN_FORMATS = ("voc", "cityscapes")  # those that have no json
 NEEDS = {"cityscapes": ("cityscapesscripts", "shapely"), "lvis": ("hotcoco",)}
@@ -144,13 +144,13 @@ def lvis_records(split: Split) -> list[dict[str, Any]]:
     return [records[key] for key in sorted(records)]
 
 
-def judge_lvis(
-    annotations: Path | dict[str, Any], detections: list[dict[str, Any]], task: str
+def evaluate_lvis(
+    content: dict[str, Any], detections: list[dict[str, Any]], task: str
 ) -> Evaluation:
     """Evaluate detections by LVIS's federated rules: 300 an image, classes where they are verified.
 
     Args:
-        annotations: the json, or its content.
+        content: of the json.
         detections: in COCO's result format.
         task: "bbox" or "segm".
 
@@ -163,7 +163,7 @@ def judge_lvis(
     check_installed("lvis")
     import hotcoco
 
-    truth = hotcoco.COCO(annotations if isinstance(annotations, dict) else str(annotations))
+    truth = hotcoco.COCO(content)
     fields = "bbox" if task == "bbox" else "segmentation"
     kept = ("image_id", "category_id", "score", fields)
     found = truth.loadRes([{k: d[k] for k in kept} for d in detections])

@@ -22,12 +22,12 @@ from detection import cfg as configs
 from detection import weights as weight_files
 from detection.catalogue import flips, mirrored, open_named
 from detection.checkpointer import Checkpointer
-from detection.coco_backends import choose
 from detection.compat import versions
 from detection.datasets import Split, check_same_classes, open_pair
 from detection.evaluation import check_split
 from detection.identity import check_same_weights, data_of, facts_of, identity_of, read_run
 from detection.logs import check_wandb
+from detection.saved import choose
 from detection.trainer import check_batch, check_builds, check_numbers
 from detection.weights import Weights
 

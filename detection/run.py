@@ -29,15 +29,13 @@ from core.files import check_not_locked, locked
 from core.results import ROWS_FILE, ResultRow, append_rows, read_rows
 from detection import catalogue
 from detection.checkpointer import Checkpointer, SaveHook, StopOnSignal, bare, restore
-from detection.coco_backends import Evaluation
 from detection.evaluation import evaluate_model
 from detection.identity import RUN_FILE
 from detection.job import Job, Request, check_empty, prepare
 from detection.loader import training_records
 from detection.logs import WandbWriter, is_terminal, logging_to, say, trim_metrics
 from detection.plan import plan
-from detection.saved import DATASET_FILE
-from detection.scores import as_metrics, result_rows, table
+from detection.saved import DATASET_FILE, Evaluation, as_metrics, result_rows, table
 from detection.trainer import Trainer, add_hooks, build, build_detector, seed_torch
 from detection.weights import load_into, read_weights
 from models.checkpoint import atomic_file

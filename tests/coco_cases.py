@@ -8,7 +8,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from core.results import ResultRow, append_rows
-from detection.coco_backends import read_truth
+from detection.saved import read_truth
 
 
 def random_case(folder: Path, seed: int) -> tuple[Any, list[dict[str, Any]]]:

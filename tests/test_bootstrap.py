@@ -14,8 +14,8 @@ import pytest
 from core.errors import InputError
 from core.results import append_rows, read_rows
 from detection.bootstrap import ClassMatches, average_precisions, compare, draws, match
-from detection.coco_backends import evaluate, indexed
 from detection.compare import compare_files, compare_runs, find_trials
+from detection.saved import evaluate, indexed
 from tests.coco_cases import random_case, write_run
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,8 +13,9 @@ from pycocotools import mask as coco_mask
 
 from core.errors import InputError
 from detection import annotations, datasets
-from detection.coco_backends import check_truth, evaluate
+from detection.evaluation import check_truth
 from detection.job import prepare
+from detection.saved import evaluate
 from tests.detection_tiny import request, write_pair
 
 Change = Callable[[dict[str, Any]], object]
@@ -159,14 +160,14 @@ def test_the_truth_evaluated_against_itself_has_100_or_is_refused(
     lost = first(bbox=[1, 1, 0, 5], segmentation=[[1, 1, 1, 1, 1, 1]])
     for task in ("bbox", "segm"):
         _, said = check(_changed(data, lost, tmp_path), task)
-        assert "no detector can find 1 of the objects, such as annotation 1" in said
+        assert "no detector finds annotation 1, whose" in said
 
     def crowded(content: dict[str, Any]) -> None:
         copies = [content["annotations"][0] | {"id": n} for n in range(100, 205)]
         content["annotations"] += copies
 
     _, said = check(_changed(data, crowded, tmp_path))
-    assert "an image has 106 objects where the first 100 detections count" in said
+    assert "an image has 106 objects, and 100 detections count" in said
 
 
 def test_an_evaluation_that_fails_or_misses_is_a_sentence_before_the_run(
@@ -177,7 +178,7 @@ def test_an_evaluation_that_fails_or_misses_is_a_sentence_before_the_run(
 
     with pytest.raises(InputError, match=r"cannot be evaluated \(segm\): KeyError: 'counts'"):
         check_truth(data / "instances.json", ["segm"], broken)
-    with pytest.raises(InputError, match=r"bbox AP that is 91\.58, and should have 100"):
+    with pytest.raises(InputError, match=r"bbox AP of 91\.58, and should have 100"):
         check_truth(
             data / "instances.json", ["bbox"], lambda t, found, name: evaluate(t, found[1:], name)
         )

@@ -12,8 +12,7 @@ import pytest
 from core.errors import InputError
 from core.results import read_rows
 from detection import saved
-from detection.coco_backends import MODULES, choose, evaluate, indexed, read_truth
-from detection.scores import result_rows
+from detection.saved import MODULES, choose, evaluate, indexed, read_truth, result_rows
 from tests.coco_cases import random_case
 from tests.detection_tiny import write_pair
 

@@ -162,14 +162,16 @@ def test_perfect_lvis_detections_and_the_federated_rule(tmp_path: Path) -> None:
     content = json.loads(path.read_text())
     keys = ("image_id", "category_id", "bbox")
     found = [{k: a[k] for k in keys} | {"score": 0.9} for a in content["annotations"]]
-    stats = foreign.judge_lvis(path, found, "bbox").stats
+    stats = foreign.evaluate_lvis(content, found, "bbox").stats
     assert (stats["AP"], stats["APr"], stats["APf"]) == pytest.approx((1.0, 1.0, 1.0))
     assert stats["APc"] is None  # no common class
     # a wrong box of a class that an image was not searched exhaustively for costs nothing
     excused = {"image_id": 1, "category_id": 3, "bbox": [0, 0, 5, 5], "score": 0.99}
-    assert foreign.judge_lvis(path, [*found, excused], "bbox").stats["AP"] == pytest.approx(1.0)
+    assert foreign.evaluate_lvis(content, [*found, excused], "bbox").stats["AP"] == pytest.approx(
+        1.0
+    )
     wrong = excused | {"image_id": 2}
-    assert foreign.judge_lvis(path, [*found, wrong], "bbox").stats["APr"] < 1.0
+    assert foreign.evaluate_lvis(content, [*found, wrong], "bbox").stats["APr"] < 1.0
 
 
 def test_an_lvis_run_ends_in_rows_by_frequency(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Judge saved detections alone: COCO's box and mask AP of a coco_instances_results.json.
+"""Evaluate saved detections alone: COCO's box and mask AP of a coco_instances_results.json.
 
     tools/evaluate.py --results coco_instances_results.json --annotations instances_val.json
 
@@ -37,28 +37,26 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Judge, print, record."""
+    """Evaluate, print, record."""
     arguments = parser().parse_args()
-    from detection.coco_backends import choose
-    from detection.compare import compare_files, table
-    from detection.saved import judge, open_truth, read_detections, record
-    from detection.scores import table as score_table
+    from detection import compare, saved
+    from detection.annotations import read_detections
 
-    truth = open_truth(arguments.annotations)
+    truth = saved.open_truth(arguments.annotations)
     detections = read_detections(arguments.results, truth)
     other = read_detections(arguments.against, truth) if arguments.against else None
-    backend = choose(arguments.coco_backend)
-    evaluations = judge(truth, detections, backend)
-    print(score_table(evaluations))
+    backend = saved.choose(arguments.coco_backend)
+    evaluations = saved.evaluate_all(truth, detections, backend)
+    print(saved.table(evaluations))
     if arguments.output:
         identity = {"init": arguments.init or arguments.results.stem, "seed": arguments.seed}
         identity |= {"protocol": arguments.protocol, "dataset": arguments.annotations.stem}
-        rows = record(evaluations, arguments.output, backend, **identity)
+        rows = saved.record(evaluations, arguments.output, backend, **identity)
         print(f"result rows in {rows}, AP per class and curves beside them")
     if other is not None:
-        found = compare_files(truth, detections, other, arguments.resamples, arguments.seed)
+        found = compare.compare_files(truth, detections, other, arguments.resamples, arguments.seed)
         print(f"\nΔ to {arguments.against}")
-        print(table({(metric,): comparison for metric, comparison in found.items()}))
+        print(compare.table({(metric,): difference for metric, difference in found.items()}))
 
 
 if __name__ == "__main__":
