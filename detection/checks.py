@@ -4,15 +4,12 @@ A check returns its fact, or raises ``Failed`` or ``NotRun``. ``CHECKS`` names t
 """
 
 import dataclasses
-import json
 import math
 import os
 import resource
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,12 +17,11 @@ from torch import nn
 from convert.names import to_torchvision
 from core.disk import GB
 from core.progress import format_seconds
-from detection import catalogue, foreign, parity
+from detection import parity
 from detection import weights as weight_files
-from detection.annotations import read_annotations
 from detection.bench import Bench, Failed, NothingToCheck, NotRun
 from detection.checkpointer import FINAL, Checkpointer, SaveHook, bare, restore
-from detection.datasets import Split, open_pair
+from detection.data import open_few
 from detection.evaluation import check_split, evaluate_model
 from detection.loader import Records
 from detection.plan import disk, world
@@ -186,7 +182,7 @@ def check_overfit(bench: Bench) -> str:
 def check_evaluate(bench: Bench) -> str:
     """An evaluation of a few images ends with result rows."""
     val = bench.job.val
-    few = _few(val, bench.limits.images, bench.folder)
+    few = open_few(val, bench.limits.images, bench.folder)
     started = time.perf_counter()
     trainer = bench.trained or bench.trainer(bench.cfg, bench.records)
     found = evaluate_model(bench.cfg, bare(trainer.model), few, bench.folder / "inference")
@@ -250,23 +246,6 @@ CHECKS = {
     "evaluate": Check(check_evaluate, ("keys",)),
     "resume": Check(check_resume, ("keys",)),
 }
-
-
-def _few(split: Split, number: int, folder: Path) -> Split:
-    """Return a split of the first images that have objects, registered; its files in ``folder``."""
-    if split.kind in foreign.OWN_FORMATS:
-        return foreign.open_few(split, number, folder)
-    content = read_annotations(split.json, split.kind)
-    objects: dict[Any, list[Any]] = {}
-    for entry in content["annotations"]:
-        objects.setdefault(entry["image_id"], []).append(entry)
-    images = sorted(content["images"], key=lambda image: image["id"] not in objects)[:number]
-    annotations = [entry for image in images for entry in objects.get(image["id"], [])]
-    path = folder / "few.json"
-    path.write_text(json.dumps(content | {"images": images, "annotations": annotations}))
-    few = open_pair(path, split.images, "val", "preflight", split.kind)
-    catalogue.register([few])
-    return few
 
 
 def _train(trainer: Trainer, start: int, stop: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.evaluation import COCOEvaluator, inference_on_dataset
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, inference_on_dataset
 from detectron2.utils import comm
 from pycocotools import mask
 from pycocotools.coco import COCO
@@ -16,9 +16,9 @@ from torch import nn
 
 from core.errors import InputError
 from core.progress import Progress
-from detection import foreign
+from detection import formats
 from detection.annotations import has_extent
-from detection.datasets import Split
+from detection.data import Split
 from detection.loader import test_loader
 from detection.saved import (
     RESULTS_FILE,
@@ -74,15 +74,18 @@ def evaluate_model(
     """
     folder.mkdir(parents=True, exist_ok=True)
     loader = test_loader(cfg, split.catalog_name)
-    own_rules = split.kind in foreign.OWN_FORMATS
-    evaluator = foreign.evaluator(split) if own_rules else Evaluator(split, cfg, folder)
+    evaluator: DatasetEvaluator
+    if split.kind in formats.OWN_FORMATS:
+        evaluator = formats.evaluator(split.kind, split.catalog_name)
+    else:
+        evaluator = Evaluator(split, cfg, folder)
     quiet = not (bar and comm.is_main_process())
     with Progress(len(loader), f"evaluating {split.catalog_name}", quiet=quiet) as progress:
         callbacks = {} if quiet else {"after_inference": progress.update}
         results = inference_on_dataset(model, loader, evaluator, callbacks=callbacks)
     if isinstance(evaluator, Evaluator):
         return evaluator.evaluations
-    found = foreign.as_evaluations(results or {})
+    found = formats.as_evaluations(results or {})
     report(found, folder)
     return found
 
@@ -96,7 +99,7 @@ def tasks_of(cfg: CfgNode) -> list[str]:
 def task_evaluation(cfg: CfgNode, split: Split) -> EvaluateTask:
     """Return what evaluates detections of a split in COCO's or LVIS's format, a task at a time."""
     if split.kind == "lvis":
-        return lambda truth, found, task: foreign.evaluate_lvis(truth.dataset, found, task)
+        return lambda truth, found, task: formats.evaluate_lvis(truth.dataset, found, task)
     backend, sigmas = cfg.SUITE.COCO_BACKEND, list(cfg.TEST.KEYPOINT_OKS_SIGMAS)
     return lambda truth, found, task: evaluate(truth, found, task, backend, sigmas)
 
@@ -112,9 +115,9 @@ def check_split(cfg: CfgNode, split: Split) -> list[str]:
     Raises:
         InputError: the evaluation fails, or AP is not 100.
     """
-    if split.kind in foreign.OWN_FORMATS:
-        return foreign.check_voc(split) if split.kind == "voc" else []
-    per_image = foreign.LVIS_DETECTIONS if split.kind == "lvis" else 0
+    if split.kind in formats.OWN_FORMATS:
+        return [formats.check_voc(split.catalog_name)] if split.kind == "voc" else []
+    per_image = formats.LVIS_DETECTIONS if split.kind == "lvis" else 0
     return check_truth(split.json, tasks_of(cfg), task_evaluation(cfg, split), per_image)
 
 

@@ -12,8 +12,8 @@ from core.identity import data_digest
 from core.results import sha256_of
 from detection import cfg as configs
 from detection import weights as weight_files
-from detection.datasets import Split
-from detection.foreign import OWN_FORMATS
+from detection.data import Split
+from detection.formats import OWN_FORMATS
 from detection.weights import Weights
 
 RUN_FILE = "run.json"

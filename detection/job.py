@@ -20,18 +20,15 @@ from core.errors import InputError
 from core.files import check_folder, is_empty
 from detection import cfg as configs
 from detection import weights as weight_files
-from detection.catalogue import flips, mirrored, open_named
 from detection.checkpointer import Checkpointer
 from detection.compat import versions
-from detection.datasets import Split, check_same_classes, open_pair
+from detection.data import Split, check_same_classes, fit_to_data, open_named, open_pair
 from detection.evaluation import check_split
 from detection.identity import check_same_weights, data_of, facts_of, identity_of, read_run
 from detection.logs import check_wandb
 from detection.saved import choose
 from detection.trainer import check_batch, check_builds, check_numbers
 from detection.weights import Weights
-
-COCO_KEYPOINTS = 17  # how many sigmas stand for an empty TEST.KEYPOINT_OKS_SIGMAS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +105,7 @@ def prepare(request: Request, scratch: Path, checks: bool = True) -> Job:
     changed = configs.changed_keys(cfg, protocol)
     cfg.SUITE.PROTOCOL = configs.protocol_name(cfg, changed)
     train, val = _open_data(cfg, request, scratch)
-    _fit_to_data(cfg, train, val, notes)
+    fit_to_data(cfg, train, val, notes)
     check_builds(cfg)
     resumed = request.resume and not request.eval_only
     data = data_of(train, val)
@@ -281,65 +278,6 @@ def _open_data(cfg: CfgNode, request: Request, scratch: Path) -> tuple[tuple[Spl
     for pair in train:
         check_same_classes(pair, val)
     return train, val
-
-
-def _fit_to_data(cfg: CfgNode, train: tuple[Split, ...], val: Split, notes: list[str]) -> None:
-    """Set what the data decide: names, number of classes, mask format."""
-    cfg.DATASETS.TRAIN = tuple(pair.catalog_name for pair in train)
-    cfg.DATASETS.TEST = (val.catalog_name,)
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = len(val.classes)
-    for pair in (*train, val):
-        if not pair.num_objects:
-            raise InputError(f"{pair.json} has no object ({pair.catalog_name})")
-        if cfg.MODEL.MASK_ON and not pair.has_masks:
-            which = f", annotation {pair.without_mask} first" * (pair.without_mask is not None)
-            raise InputError(
-                f"{pair.json} has boxes without masks{which}; use a box protocol "
-                "(detection/faster_rcnn_R50_FPN_1x.yaml) or MODEL.MASK_ON False"
-            )
-        if cfg.MODEL.KEYPOINT_ON and not pair.keypoints:
-            raise InputError(f"{pair.json} names no keypoints in its first category")
-        if cfg.MODEL.KEYPOINT_ON and pair.without_keypoints is not None:
-            raise InputError(
-                f"{pair.json}: annotation {pair.without_keypoints} has no keypoints: an object of "
-                "which no point is seen has all of them 0, 0, 0 and num_keypoints 0"
-            )
-    if cfg.MODEL.KEYPOINT_ON:
-        _fit_keypoints(cfg, train, val, notes)
-    if any(pair.has_rle for pair in train):
-        cfg.INPUT.MASK_FORMAT = "bitmask"
-    counts = ", ".join(f"{p.catalog_name} {p.num_images} images" for p in (*train, val))
-    notes.append(f"data: {counts}, {len(val.classes)} classes")
-
-
-def _fit_keypoints(cfg: CfgNode, train: tuple[Split, ...], val: Split, notes: list[str]) -> None:
-    """Set the number of keypoints; ask for as many sigmas, and for both of what a mirror swaps."""
-    count, sigmas = len(val.keypoints), len(cfg.TEST.KEYPOINT_OKS_SIGMAS)
-    cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = count
-    if (sigmas or COCO_KEYPOINTS) != count:
-        raise InputError(
-            f"{val.json} names {count} keypoints, but TEST.KEYPOINT_OKS_SIGMAS has "
-            f"{sigmas or f'none (the {COCO_KEYPOINTS} of COCO)'}: give one per keypoint"
-        )
-    for pair in train:
-        if pair.keypoints != val.keypoints:
-            raise InputError(
-                f"{pair.json} and {val.json} name different keypoints: those of training must be "
-                "those of validation, in the same order"
-            )
-    for pair in train if cfg.INPUT.RANDOM_FLIP != "none" else ():
-        names = pair.keypoints
-        lone = [n for n in names if mirrored(n) != n and mirrored(n) not in names]
-        if lone:
-            raise InputError(
-                f"{pair.json}: keypoint {lone[0]!r} has no {mirrored(lone[0])!r} to change places "
-                "with in mirrored images; rename it, or set INPUT.RANDOM_FLIP none"
-            )
-        if not flips(names):
-            notes.append(
-                f"no keypoint of {pair.catalog_name} is a left or right one: they keep their names "
-                "in mirrored images; if they should not, set INPUT.RANDOM_FLIP none"
-            )
 
 
 def _read_weights(

@@ -13,10 +13,10 @@ import torch
 from detectron2.config import CfgNode
 
 from core.errors import InputError
-from detection import catalogue
 from detection.bench import Bench, Failed, Limits, NothingToCheck, NotRun
 from detection.cfg import norm_for, set_norms
 from detection.checks import CHECKS
+from detection.data import register
 from detection.job import Job, Request, prepare
 from detection.logs import logging_to
 from detection.trainer import NotFiniteError
@@ -70,7 +70,7 @@ def preflight(
         job = prepare(request, folder, checks=False)
         if job.details["device"] == "cuda" and not torch.cuda.is_available():
             raise InputError("preflight measures on a GPU of the run, and here is none")
-        catalogue.register((*job.train, job.val))
+        register((*job.train, job.val))
         bench = Bench(job, request, limits, folder, _of_one_process(job))
         with logging_to(folder, spoken=False):
             yield from _findings(bench, _with_needs(only))

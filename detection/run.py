@@ -27,8 +27,8 @@ from core.config import ROOT
 from core.errors import InputError
 from core.files import check_not_locked, locked
 from core.results import ROWS_FILE, ResultRow, append_rows, read_rows
-from detection import catalogue
 from detection.checkpointer import Checkpointer, SaveHook, StopOnSignal, bare, restore
+from detection.data import register
 from detection.evaluation import evaluate_model
 from detection.identity import RUN_FILE
 from detection.job import Job, Request, check_empty, prepare
@@ -173,7 +173,7 @@ def work(job: Job) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.processes))
     if job.mode != "evaluate":  # as detectron2: images of many sizes, each seen once or twice
         torch.backends.cudnn.benchmark = job.cfg.CUDNN_BENCHMARK
-    catalogue.register((*job.train, job.val))
+    register((*job.train, job.val))
     with logging_to(job.folder):
         _log_setting(job)
         if job.mode == "evaluate":

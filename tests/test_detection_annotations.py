@@ -12,7 +12,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from core.errors import InputError
-from detection import annotations, datasets
+from detection import annotations
+from detection import data as datasets
 from detection.evaluation import check_truth
 from detection.job import prepare
 from detection.saved import evaluate

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from core.errors import InputError
-from detection.catalogue import flips
+from detection.formats import flips
 from detection.job import Job, prepare
 from tests.detection_tiny import request, write_pair
 

@@ -11,15 +11,16 @@ import torch
 from detectron2.data import get_detection_dataset_dicts
 from detectron2.data.samplers import TrainingSampler
 
-from detection import catalogue, datasets, loader
 from detection import cfg as configs
+from detection import data as datasets
+from detection import loader
 from tests.detection_tiny import CONFIG, SMALL, write_pair
 
 
 @pytest.fixture(scope="module")
 def cfg(tmp_path_factory: pytest.TempPathFactory) -> Any:
     pair = datasets.open_pair(*write_pair(tmp_path_factory.mktemp("data") / "tiny"), split="train")
-    catalogue.register([pair])
+    datasets.register([pair])
     cfg = configs.load_cfg(CONFIG, [*SMALL, "SEED", "3", "SOLVER.IMS_PER_BATCH", "3"])
     cfg.DATASETS.TRAIN = (pair.catalog_name,)
     return cfg

@@ -17,7 +17,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import update_bn_stats
 
-from detection import catalogue, datasets
+from detection import data as datasets
 from detection.cfg import load_cfg, set_norms
 from detection.evaluation import Evaluator
 from detection.loader import EndlessBatches, training_records
@@ -79,7 +79,7 @@ def test_ap_is_that_of_detectron2s_evaluator(data: Path, tmp_path: Path, backend
     if backend != "pycocotools":
         pytest.importorskip({"faster": "faster_coco_eval"}.get(backend, backend))
     split = datasets.open_pair(data / "instances.json", data / "images", "val")
-    catalogue.register([split])
+    datasets.register([split])
     cfg = load_cfg(R50, ["SUITE.COCO_BACKEND", backend])
     name = split.catalog_name
     records = DatasetCatalog.get(name)

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from core.errors import InputError
-from detection import catalogue
 from detection.cfg import load_cfg, set_norms
-from detection.datasets import open_pair
+from detection.data import open_pair, register
 from detection.loader import training_records
 from detection.run import run
 from detection.trainer import build, build_detector, first_hooks, seed_torch
@@ -55,7 +54,7 @@ def test_channels_last_computes_the_same_in_that_format() -> None:
 def test_bfloat16_training_begins_with_nearly_the_same_losses(tmp_path: Path) -> None:
     json_path, images = write_pair(tmp_path / "tiny")
     split = open_pair(json_path, images, "train", "speed")
-    catalogue.register([split])
+    register([split])
     names = ("loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_mask")
 
     def losses(*overrides: str) -> Tensor:

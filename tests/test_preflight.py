@@ -266,7 +266,7 @@ def test_checkpoints_on_disk_are_counted(
 def test_a_dry_run_draws_no_data_into_the_checkout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from detection import catalogue
+    from detection import data as catalogue
 
     monkeypatch.setattr(catalogue, "ROOT", tmp_path)
     shapes = {"TRAIN_IMAGES": 2, "VAL_IMAGES": 2, "SIZE": 64, "SEED": 0}

@@ -18,10 +18,10 @@ from detectron2.structures import Boxes, Instances
 
 from core.errors import InputError
 from core.results import read_rows
-from detection import catalogue, foreign
+from detection import formats
 from detection.bench import Limits
 from detection.cfg import load_cfg
-from detection.datasets import open_pair
+from detection.data import open_named, open_pair
 from detection.evaluation import check_split
 from detection.job import Request
 from detection.preflight import PASSED, preflight
@@ -69,7 +69,7 @@ def voc(tmp_path: Path) -> str:
 
 
 def test_voc_is_opened_by_name(voc: str) -> None:
-    split = catalogue.open_named(voc, {})
+    split = open_named(voc, {})
     assert (split.name, split.split, split.kind) == ("tinyvoc_2007", "trainval", "voc")
     assert (split.num_images, split.num_objects, split.classes) == (6, 12, ("square", "bar"))
 
@@ -77,18 +77,18 @@ def test_voc_is_opened_by_name(voc: str) -> None:
 def test_what_voc_lacks_is_named(voc: str, tmp_path: Path) -> None:
     (tmp_path / "VOC2007" / "JPEGImages" / "003.jpg").unlink()
     with pytest.raises(InputError, match=r"003\.jpg does not exist"):
-        catalogue.open_named(voc, {})
+        open_named(voc, {})
     (tmp_path / "VOC2007" / "Annotations" / "002.xml").write_text("<annotation>")
     with pytest.raises(InputError, match="cannot be read"):
-        catalogue.open_named(voc, {})
+        open_named(voc, {})
     (tmp_path / "VOC2007" / "ImageSets" / "Main" / "trainval.txt").unlink()
     with pytest.raises(InputError, match="layout"):
-        catalogue.open_named(voc, {})
+        open_named(voc, {})
 
 
 def test_perfect_voc_detections_have_an_ap_of_100(voc: str) -> None:
-    split = catalogue.open_named(voc, {})
-    judge = foreign.evaluator(split)
+    split = open_named(voc, {})
+    judge = formats.evaluator(split.kind, split.catalog_name)
     judge.reset()
     for record in DatasetCatalog.get(voc):
         found = Instances((record["height"], record["width"]))
@@ -97,7 +97,7 @@ def test_perfect_voc_detections_have_an_ap_of_100(voc: str) -> None:
         found.scores = torch.ones(len(boxes))
         found.pred_classes = torch.tensor([e["category_id"] for e in record["annotations"]])
         judge.process([record], [{"instances": found}])
-    (evaluation,) = foreign.as_evaluations(judge.evaluate())
+    (evaluation,) = formats.as_evaluations(judge.evaluate())
     assert evaluation.iou_type == "bbox"
     assert evaluation.stats == pytest.approx({"AP": 1.0, "AP50": 1.0, "AP75": 1.0})
 
@@ -162,16 +162,16 @@ def test_perfect_lvis_detections_and_the_federated_rule(tmp_path: Path) -> None:
     content = json.loads(path.read_text())
     keys = ("image_id", "category_id", "bbox")
     found = [{k: a[k] for k in keys} | {"score": 0.9} for a in content["annotations"]]
-    stats = foreign.evaluate_lvis(content, found, "bbox").stats
+    stats = formats.evaluate_lvis(content, found, "bbox").stats
     assert (stats["AP"], stats["APr"], stats["APf"]) == pytest.approx((1.0, 1.0, 1.0))
     assert stats["APc"] is None  # no common class
     # a wrong box of a class that an image was not searched exhaustively for costs nothing
     excused = {"image_id": 1, "category_id": 3, "bbox": [0, 0, 5, 5], "score": 0.99}
-    assert foreign.evaluate_lvis(content, [*found, excused], "bbox").stats["AP"] == pytest.approx(
+    assert formats.evaluate_lvis(content, [*found, excused], "bbox").stats["AP"] == pytest.approx(
         1.0
     )
     wrong = excused | {"image_id": 2}
-    assert foreign.evaluate_lvis(content, [*found, wrong], "bbox").stats["APr"] < 1.0
+    assert formats.evaluate_lvis(content, [*found, wrong], "bbox").stats["APr"] < 1.0
 
 
 def test_an_lvis_run_ends_in_rows_by_frequency(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_keypoint_run_ends_in_keypoint_rows(tmp_path: Path) -> None:
         entry["keypoints"] = [*middle, x, y, 2, x + w - 1, y + h - 1, 2]
         entry["num_keypoints"] = 3
     path.write_text(json.dumps(content))
-    assert catalogue.flips(names) == [("left_end", "right_end")]
+    assert formats.flips(names) == [("left_end", "right_end")]
     data = {"train_json": path, "train_images": images, "val_json": path, "val_images": images}
     more = ["MODEL.KEYPOINT_ON", "True", "TEST.KEYPOINT_OKS_SIGMAS", "[0.1, 0.1, 0.1]"]
     more += ["MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "(16,)"]
@@ -231,7 +231,7 @@ def city(tmp_path: Path) -> str:
         cv2.imwrite(str(truth / f"{stem}_gtFine_labelIds.png"), (ids // 1000).astype(np.uint8))
         (truth / f"{stem}_gtFine_polygons.json").write_text(json.dumps(polygons))
     name, places = "tinycity_val", {"image_dir": str(images.parent), "gt_dir": str(truth.parent)}
-    foreign.forget(name)
+    formats.forget(name)
     load = functools.partial(load_cityscapes_instances, **places, from_json=True, to_polygons=True)
     DatasetCatalog.register(name, load)
     known = _get_builtin_metadata("cityscapes")
@@ -240,8 +240,8 @@ def city(tmp_path: Path) -> str:
 
 
 def test_perfect_cityscapes_masks_have_an_ap_of_100(city: str) -> None:
-    split = catalogue.open_named(city, {})
-    judge = foreign.evaluator(split)
+    split = open_named(city, {})
+    judge = formats.evaluator(split.kind, split.catalog_name)
     judge.reset()
     for record in DatasetCatalog.get(city):
         found = Instances((record["height"], record["width"]))
@@ -250,7 +250,7 @@ def test_perfect_cityscapes_masks_have_an_ap_of_100(city: str) -> None:
         found.pred_masks, found.scores = torch.from_numpy(mask), torch.ones(1)
         found.pred_classes = torch.tensor([record["annotations"][0]["category_id"]])
         judge.process([record], [{"instances": found}])
-    (evaluation,) = foreign.as_evaluations(judge.evaluate())
+    (evaluation,) = formats.as_evaluations(judge.evaluate())
     assert evaluation.iou_type == "segm"
     assert evaluation.stats == pytest.approx({"AP": 1.0, "AP50": 1.0})
 
@@ -272,28 +272,28 @@ def test_the_packages_that_evaluate_are_asked_for_before_training(
 ) -> None:
     path, images = _lvis(tmp_path / "lvis")
     _register_lvis(path, images)
-    monkeypatch.setitem(foreign.NEEDS, "lvis", ("no_such_judge",))
+    monkeypatch.setitem(formats.NEEDS, "lvis", ("no_such_judge",))
     with pytest.raises(InputError, match="evaluating lvis data needs `pip install no_such_judge`"):
-        catalogue.open_named("tinylvis_val", {})
+        open_named("tinylvis_val", {})
 
 
 def test_the_truth_of_voc_and_lvis_is_evaluated_against_itself(voc: str, tmp_path: Path) -> None:
     pytest.importorskip("hotcoco")
     cfg = load_cfg("detection/mask_rcnn_R18_FPN_shapes.yaml")
-    (said,) = check_split(cfg, catalogue.open_named(voc, {}))
+    (said,) = check_split(cfg, open_named(voc, {}))
     assert "taken as detections: bbox 100" in said
     _register_lvis(*_lvis(tmp_path / "lvis"))
-    split = catalogue.open_named("tinylvis_val", {})
+    split = open_named("tinylvis_val", {})
     (said,) = check_split(cfg, split)
     assert "bbox 100, segm 100" in said
     xml = tmp_path / "VOC2007" / "Annotations" / "002.xml"
     xml.write_text(xml.read_text().replace("<difficult>0<", "<difficult>no<"))
     parse_rec.cache_clear()
     with pytest.raises(InputError, match="cannot be evaluated by VOC's rules"):
-        check_split(cfg, catalogue.open_named(voc, {}))
+        check_split(cfg, open_named(voc, {}))
 
 
 def test_cityscapes_says_what_it_needs() -> None:
     with pytest.raises(InputError) as error:
-        catalogue.open_named("cityscapes_fine_instance_seg_val", {})
+        open_named("cityscapes_fine_instance_seg_val", {})
     assert "gtFine" in str(error.value)

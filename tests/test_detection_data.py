@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from core.errors import InputError
-from detection import catalogue, datasets
+from detection import data as datasets
 from tests.detection_tiny import write_pair
 
 
@@ -107,14 +107,14 @@ def test_an_image_that_does_not_decode_is_named(
 
 def test_a_missing_builtin_says_where_it_looked_and_how_to_lay_it_out() -> None:
     with pytest.raises(InputError) as error:
-        catalogue.open_named("coco_2017_val", {})
+        datasets.open_named("coco_2017_val", {})
     words = ("instances_val2017.json", "DETECTRON2_DATASETS", "layout", "--val-json")
     assert all(word in str(error.value) for word in words)
 
 
 def test_an_unknown_name_lists_the_known() -> None:
     with pytest.raises(InputError, match=r"shapes_train.*coco_2017_val"):
-        catalogue.open_named("coco_2071_val", {})
+        datasets.open_named("coco_2071_val", {})
 
 
 def test_splits_of_different_classes_do_not_go_together(tmp_path: Path) -> None:

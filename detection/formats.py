@@ -1,15 +1,16 @@
-"""Data sets with formats and rules of their own: Pascal VOC, LVIS, Cityscapes.
+"""Data with formats and rules of their own: Pascal VOC, LVIS, Cityscapes, keypoints.
 
-VOC and Cityscapes are loaded and judged by detectron2's code, LVIS is judged by hotcoco.
+VOC and Cityscapes are read and evaluated by detectron2's code, LVIS is evaluated by hotcoco.
 """
 
 import contextlib
 import functools
 import importlib.util
 import io
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -25,13 +26,14 @@ from detectron2.structures import Boxes, BoxMode, Instances
 
 from core.errors import InputError
 from detection.annotations import read_annotations
-from detection.datasets import Split, check_all_decode, check_present
 from detection.saved import Evaluation
 
 OWN_FORMATS = ("voc", "cityscapes")  # those that have no json
 NEEDS = {"cityscapes": ("cityscapesscripts", "shapely"), "lvis": ("hotcoco",)}
 LVIS_DETECTIONS = 300  # that count in an image
 LVIS_STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
+SIDE = re.compile(r"left|right|(?<![^\W_])[lr](?![^\W_])", re.IGNORECASE)  # l, r: whole words
+OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l"}
 
 
 def check_installed(kind: str) -> None:
@@ -47,69 +49,48 @@ def voc_places(folder: Path, split: str) -> list[Path]:
     return [listing, folder / "Annotations", folder / "JPEGImages"]
 
 
-def open_split(name: str, kind: str, decode: bool = False) -> Split:
-    """Describe a split of VOC or Cityscapes; its records are read once, so that damage shows.
-
-    Args:
-        name: in detectron2's catalogue.
-        kind: "voc" or "cityscapes".
-        decode: decode every image.
+def load(name: str) -> list[dict[str, Any]]:
+    """Return detectron2's records of a VOC or Cityscapes data set.
 
     Raises:
-        InputError: an annotation or image is missing or damaged.
+        InputError: an annotation is missing or damaged.
     """
-    meta = MetadataCatalog.get(name)
     try:
-        records = DatasetCatalog.get(name)
+        records: list[dict[str, Any]] = DatasetCatalog.get(name)
     except (OSError, ValueError, SyntaxError, AttributeError, AssertionError) as error:
         raise InputError(f"data set {name!r} cannot be read: {error}") from None
-    files = [(Path(r["file_name"]), (r["width"], r["height"])) for r in records]
-    check_present((path for path, _ in files), name)
-    if decode:
-        check_all_decode(files)
-    voc = kind == "voc"
-    stem, _, split = name.rpartition("_")
-    return Split(
-        name=stem,
-        split=split,
-        json=Path(meta.dirname if voc else meta.gt_dir).resolve(),
-        images=Path(f"{meta.dirname}/JPEGImages" if voc else meta.image_dir).resolve(),
-        classes=tuple(meta.thing_classes),
-        num_images=len(records),
-        num_objects=sum(len(record["annotations"]) for record in records),
-        has_masks=not voc,
-        has_rle=False,
-        kind=kind,
-    )
+    return records
 
 
-def open_few(split: Split, number: int, folder: Path) -> Split:
-    """Register and open the first images of a VOC or Cityscapes split, as links in ``folder``."""
-    name, meta = f"preflight_{split.kind}_few", MetadataCatalog.get(split.catalog_name)
-    forget(name)
-    if split.kind == "voc":
+def register_few(name: str, kind: str, number: int, folder: Path) -> str:
+    """Register the first images of a VOC or Cityscapes data set, as links in ``folder``.
+
+    Returns:
+        The name of the new data set.
+    """
+    few, meta = f"preflight_{kind}_few", MetadataCatalog.get(name)
+    forget(few)
+    if kind == "voc":
         listing, *parts = voc_places(Path(meta.dirname), meta.split)
         (folder / "ImageSets" / "Main").mkdir(parents=True)
         for part in parts:
             (folder / part.name).symlink_to(part.absolute())
         images = listing.read_text(encoding="utf-8").split()[: max(number, 2)]  # one is no list
         voc_places(folder, "few")[0].write_text("\n".join(images), encoding="utf-8")
-        register_pascal_voc(name, str(folder), "few", meta.year, split.classes)
-        return open_split(name, "voc")
+        register_pascal_voc(few, str(folder), "few", meta.year, tuple(meta.thing_classes))
+        return few
     places = {"image_dir": folder / "leftImg8bit", "gt_dir": folder / "gtFine"}
     for image in sorted(Path(meta.image_dir).glob("*/*_leftImg8bit.png"))[:number]:
         city, stem = image.parent.name, image.name.removesuffix("leftImg8bit.png")
-        for place, file in [
-            ("image_dir", image),
-            *(("gt_dir", f) for f in Path(meta.gt_dir, city).glob(f"{stem}gtFine_*")),
-        ]:
+        annotations = Path(meta.gt_dir, city).glob(f"{stem}gtFine_*")
+        for place, file in [("image_dir", image), *(("gt_dir", f) for f in annotations)]:
             (places[place] / city).mkdir(parents=True, exist_ok=True)
             (places[place] / city / file.name).symlink_to(file.absolute())
     given = {key: str(place) for key, place in places.items()}
     load = functools.partial(load_cityscapes_instances, **given, from_json=True, to_polygons=True)
-    DatasetCatalog.register(name, load)
-    MetadataCatalog.get(name).set(**given, thing_classes=list(split.classes))
-    return open_split(name, "cityscapes")
+    DatasetCatalog.register(few, load)
+    MetadataCatalog.get(few).set(**given, thing_classes=list(meta.thing_classes))
+    return few
 
 
 def forget(name: str) -> None:
@@ -119,14 +100,14 @@ def forget(name: str) -> None:
         MetadataCatalog.pop(name, None)
 
 
-def lvis_records(split: Split) -> list[dict[str, Any]]:
+def lvis_records(json_path: Path, images: Path) -> list[dict[str, Any]]:
     """Return detectron2's records of an LVIS json, sorted by image id."""
-    content = read_annotations(split.json, "lvis")
+    content = read_annotations(json_path, "lvis")
     classes = {k: i for i, k in enumerate(sorted(c["id"] for c in content["categories"]))}
     records: dict[int, dict[str, Any]] = {}
     for image in content["images"]:
         records[image["id"]] = {
-            "file_name": str(split.images / image["file_name"]),
+            "file_name": str(images / image["file_name"]),
             "image_id": image["id"],
             "height": image["height"],
             "width": image["width"],
@@ -167,75 +148,86 @@ def evaluate_lvis(
     fields = "bbox" if task == "bbox" else "segmentation"
     kept = ("image_id", "category_id", "score", fields)
     found = truth.loadRes([{k: d[k] for k in kept} for d in detections])
-    judge = hotcoco.COCOeval(truth, found, task, lvis_style=True)
+    run = hotcoco.COCOeval(truth, found, task, lvis_style=True)
     with contextlib.redirect_stdout(io.StringIO()):
-        judge.evaluate()
-        judge.accumulate()
-        judge.summarize()
-    stats = judge.get_results()
-    values = {k: float(stats[k]) if stats[k] > -1 else None for k in LVIS_STATS}
-    return Evaluation(task, values, {}, no_curves())
+        run.evaluate()
+        run.accumulate()
+        run.summarize()
+    stats = run.get_results()
+    values = {k: 100 * stats[k] if stats[k] > -1 else float("nan") for k in LVIS_STATS}
+    return as_evaluations({task: values})[0]
 
 
 class CityscapesEvaluator(CityscapesInstanceEvaluator):
-    """detectron2's, around what Cityscapes' script 2.3 asks of NumPy and NumPy 2.4 has no more.
+    """detectron2's, for Cityscapes' script 2.3 under NumPy 2.4.
 
-    The script calls ``in1d``, and writes counts as JSON, which fails now that they are no ``int``;
-    the two files, a cache and ``matches.json`` in the current folder, are wanted by nobody.
+    The script calls ``numpy.in1d``, which is gone, and writes counts as JSON, which fails since
+    they are no ``int``: files in the current folder that nothing here reads.
     """
 
     def evaluate(self) -> Any:
         """Return AP and AP50 of the masks, in percent; None on ranks but the first."""
         from cityscapesscripts.evaluation import evalInstanceLevelSemanticLabeling as script
 
-        def in1d(values: np.ndarray, among: Any) -> np.ndarray:
-            return np.isin(values, among).ravel()
-
-        with (
-            mock.patch.object(np, "in1d", in1d, create=True),
-            mock.patch.object(script, "writeDict2JSON"),
-        ):
-            return super().evaluate()
+        if not hasattr(np, "in1d"):
+            setattr(np, "in1d", lambda values, among: np.isin(values, among).ravel())  # noqa: B010
+        script.writeDict2JSON = lambda *_: None
+        return super().evaluate()
 
 
-def evaluator(split: Split) -> DatasetEvaluator:
-    """Return detectron2's own evaluator of VOC or Cityscapes."""
+def evaluator(kind: str, name: str) -> DatasetEvaluator:
+    """Return detectron2's own evaluator of a VOC or Cityscapes data set."""
     makers = {"voc": PascalVOCDetectionEvaluator, "cityscapes": CityscapesEvaluator}
-    return makers[split.kind](split.catalog_name)
+    return makers[kind](name)
 
 
-def check_voc(split: Split) -> list[str]:
-    """Evaluate a VOC split's own objects: see ``detection.evaluation.check_split``.
+def check_voc(name: str) -> str:
+    """Evaluate a VOC data set's own objects, and return a sentence with their AP.
 
     AP may stay below 100: a class without objects has 0, and of two equal boxes one counts.
+
+    Raises:
+        InputError: the evaluation fails.
     """
-    judge = evaluator(split)
-    judge.reset()
-    for record in DatasetCatalog.get(split.catalog_name):
+    run = evaluator("voc", name)
+    run.reset()
+    for record in DatasetCatalog.get(name):
         own = Instances((record["height"], record["width"]))
         boxes = [a["bbox"] for a in record["annotations"]]
         own.pred_boxes = Boxes(torch.tensor(boxes).reshape(-1, 4))
         own.scores = torch.ones(len(boxes))
         own.pred_classes = torch.tensor([a["category_id"] for a in record["annotations"]])
-        judge.process([record], [{"instances": own}])
+        run.process([record], [{"instances": own}])
     try:
-        (found,) = as_evaluations(judge.evaluate())
+        (found,) = as_evaluations(run.evaluate())
     except (AttributeError, TypeError, ValueError, SyntaxError) as error:
-        raise InputError(f"{split.json} cannot be evaluated by VOC's rules: {error}") from None
+        raise InputError(f"{name} cannot be evaluated by VOC's rules: {error}") from None
     ap = 100 * (found.stats["AP"] or 0.0)
-    return [f"{split.json}: AP of its own objects, taken as detections: bbox {ap:.4g}"]
+    return f"{name}: AP of its own objects, taken as detections: bbox {ap:.4g}"
 
 
 def as_evaluations(results: dict[str, dict[str, float]]) -> list[Evaluation]:
-    """Turn a detectron2 evaluator's percentages into evaluations."""
+    """Turn a detectron2 evaluator's percentages into evaluations without curves."""
+    none = np.empty((10, 101, 0, 1, 1))  # T×R×K×A×M
     return [
-        Evaluation(
-            task, {k: v / 100 if v == v else None for k, v in stats.items()}, {}, no_curves()
-        )
+        Evaluation(task, {k: v / 100 if v == v else None for k, v in stats.items()}, {}, none)
         for task, stats in results.items()
     ]
 
 
-def no_curves() -> np.ndarray:
-    """Return the precision array of an evaluation that keeps no curves: T×R×0×1×1."""
-    return np.empty((10, 101, 0, 1, 1))
+def flips(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Return the pairs of keypoints that a mirror exchanges: left_eye and right_eye, L_eye …"""
+    names = list(names)
+    pairs = [(name, mirrored(name)) for name in names]
+    return [(a, b) for n, (a, b) in enumerate(pairs) if b in names[n + 1 :]]
+
+
+def mirrored(name: str) -> str:
+    """Return a keypoint's name with its side, left or right, l or r, exchanged; or as it is."""
+    return SIDE.sub(lambda found: _in_case_of(found[0], OTHER_SIDE[found[0].lower()]), name)
+
+
+def _in_case_of(like: str, word: str) -> str:
+    if like.isupper():
+        return word.upper()
+    return word.capitalize() if like[0].isupper() else word
