@@ -23,6 +23,7 @@ from core.seeds import torch_seeded
 from models import factory
 
 State = dict[str, Tensor]
+BASE = "timm/vit_base_patch16_224"
 VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 SMALL: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "a_vit": (vision_transformer.vit_tiny_patch16_224, VIT | {"img_size": 64}),
@@ -287,7 +288,9 @@ def test_without_arch_shapes_say_which_or_all_candidates(tmp_path: Path) -> None
     assert read_backbone(saved(atto, tmp_path)).arch == "timm/convnext_atto"
 
 
-def test_how_images_enter_is_that_of_the_tag_and_in_doubt_it_is_said(tmp_path: Path) -> None:
+def test_how_images_enter_is_that_of_the_tag_and_in_doubt_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """timm's default ViT-Tiny is trained with mean 0.5; facebook's DeiT with ImageNet's."""
     state = timm.create_model("vit_tiny_patch16_224").state_dict()
     path = saved(state, tmp_path)
@@ -295,9 +298,14 @@ def test_how_images_enter_is_that_of_the_tag_and_in_doubt_it_is_said(tmp_path: P
     assert found.convention.mean == (123.675, 116.28, 103.53)
     assert found.notes["input_from"] == ""
     assert read_backbone(path, arch="timm/vit_tiny_patch16_224").convention.mean == (127.5,) * 3
-    convention, note = networks.usual_input("timm/vit_base_patch16_224")
+    usual = networks.usual_input
+    convention, note = usual(BASE)
     assert convention.mean == (127.5,) * 3
     assert re.search(r"those of .*\bmae\b.* differ", note)
+    content = {"model": state | {"mask_token": torch.ones(1, 1, 192)}}
+    monkeypatch.setattr(networks, "usual_input", lambda arch, found: usual(BASE, found))
+    with pytest.raises(InputError, match=r"differs between .*--arch timm/vit_base_patch16_224\."):
+        read_backbone(saved(content, tmp_path), arch="timm/vit_tiny_patch16_224")
 
 
 def test_a_users_own_file_takes_its_modules_weights(tmp_path: Path) -> None:
