@@ -22,7 +22,7 @@ from convert.sources import AUTHOR, Convention
 from core.errors import InputError
 from core.results import sha256_of
 from models.checkpoint import VERSION, is_ours
-from models.factory import TIMM, canonical, check_name
+from models.factory import TIMM, canonical, check_name, untagged
 from models.resnet import ARCHITECTURES
 
 KEPT = ("method", "epoch", "seed", "dataset", "image_size", "num_classes", "config", "code")
@@ -139,8 +139,12 @@ def _network(arch: str, facts: Mapping[str, Any], located: zoo.Located | None) -
 
     Raises:
         InputError: there is no network of that name.
+        ValueError: the file says that it is another.
     """
-    name = arch or str(facts.get("arch", ""))
+    own = str(facts.get("arch", ""))
+    if arch and own and untagged(canonical(arch)) != untagged(own):
+        raise ValueError(f"it says that it is a {own}, not a {arch}")
+    name = arch or own
     if not name and located and located.name.startswith("timm:"):
         name = TIMM + located.name.partition(":")[2]
     short = name.removeprefix(TIMM).partition(".")[0] if not arch else name

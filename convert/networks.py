@@ -149,7 +149,10 @@ def usual_input(arch: str, found: Found | None = None) -> tuple[Convention, str]
             others.append(name.partition(".")[2])
     if not others:
         return convention, ""
-    advice = f"name them as in --arch {arch}.{others[0]}, or give --mean and --std"
+    advice = (
+        f"name them as in --arch {arch}.{others[0]}, or give --mean and --std to "
+        "tools/convert_to_d2.py"
+    )
     if found and any(re.search(r"\b(mask_token|decoder_embed)\b", n) for n in found.dropped):
         raise ValueError(f"how images enter differs between weights of {short}: {advice}")
     return convention, (

@@ -11,7 +11,7 @@ Shapes: N images, H×W pixels of a batch, C channels of a map.
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,9 +24,18 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 
+from convert.networks import random_tensors
 from core.errors import InputError
 from models.base import Description, head_prefixes, sync_batch_norm
-from models.factory import TIMM, create_model, describe, forward_maps
+from models.factory import (
+    TIMM,
+    canonical,
+    check_name,
+    create_model,
+    describe,
+    forward_maps,
+    untagged,
+)
 
 BUILDER = "build_network_backbone"
 STRIDES = {f"res{n}": 2**n for n in range(2, 6)}  # detectron2's names of maps
@@ -52,6 +61,24 @@ def add_keys(cfg: CfgNode) -> None:
 def uses_network(cfg: CfgNode) -> bool:
     """Whether a config's backbone is a network of ``models.factory``."""
     return bool(cfg.MODEL.BACKBONE.NAME == BUILDER)
+
+
+def set_arch(cfg: CfgNode, arch: str) -> None:
+    """Set ``MODEL.NETWORK.ARCH`` to what a command line names.
+
+    Raises:
+        InputError: unknown, or the protocol has a backbone of its own or names another network.
+    """
+    check_name(arch)
+    named = cfg.MODEL.NETWORK.ARCH
+    if not uses_network(cfg):
+        raise InputError(
+            f"--arch {arch}: {cfg.SUITE.PROTOCOL} has detectron2's ResNet; a protocol for any "
+            "backbone is detection/mask_rcnn_any_FPN_1x.yaml"
+        )
+    if named and untagged(named) != untagged(canonical(arch)):
+        raise InputError(f"--arch {arch}: {cfg.SUITE.PROTOCOL} is a protocol of {named}")
+    cfg.MODEL.NETWORK.ARCH = canonical(arch)
 
 
 def inside(name: str) -> str:
@@ -182,7 +209,60 @@ def unused_parameters(arch: str) -> frozenset[str]:
         total = torch.stack([maps[own].mean() for own in selected.values()]).sum()
         if total.requires_grad:
             total.backward()
-    return frozenset(name for name, p in network.named_parameters() if p.grad is None)
+    heads = head_prefixes(network)
+    without = (name for name, p in network.named_parameters() if p.grad is None)
+    return frozenset(name for name in without if not name.startswith(heads))
+
+
+def can_detect(arch: str) -> bool:
+    """Whether a network gives what a detector needs, for images of any size."""
+    try:
+        unused_parameters(arch)
+    except InputError:
+        return False
+    return True
+
+
+def own_maps(network: Any, image: Tensor) -> dict[str, Tensor]:
+    """Return a network's maps of an image, N×C×h×w by its own names, or its features as "pooled".
+
+    The image is padded to a multiple of a plain network's patches; a network that cannot detect
+    gets it resized to its own size.
+    """
+    described = describe(network.arch)
+    with torch.inference_mode():
+        if not can_detect(network.arch):
+            image = F.interpolate(image, (described.image_size,) * 2)
+            return {"pooled": network.forward_head(network.forward_features(image), True)}
+        stride = described.maps[0].stride if described.kind == "plain" else 1
+        image = F.pad(image, (0, -image.shape[3] % stride, 0, -image.shape[2] % stride))
+        return forward_maps(network, image)
+
+
+def filled(network: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Put tensors into a network, in eval mode.
+
+    Raises:
+        InputError: one is missing, left over or misshapen (a classifier may be missing).
+    """
+    heads, optional = head_prefixes(network), random_tensors(network.arch)
+    try:
+        result = network.load_state_dict(dict(tensors), strict=False)
+    except RuntimeError as error:
+        raise InputError(f"{network.arch}: {' '.join(str(error).split())[:300]}") from None
+    absent = [name for name in result.missing_keys if not name.startswith(heads)]
+    absent = [name for name in absent if "num_batches" not in name and name not in optional]
+    if absent or result.unexpected_keys:
+        raise InputError(
+            f"{network.arch}: missing {absent[:3]}, unexpected {result.unexpected_keys[:3]}"
+        )
+    return network.eval()
+
+
+def trunk(detector: Any) -> Any:
+    """Return the network in a detector, None if its backbone is another one."""
+    backbone = getattr(detector, "backbone", detector)
+    return getattr(getattr(backbone, "bottom_up", getattr(backbone, "net", None)), "network", None)
 
 
 def note(arch: str) -> str:
@@ -253,7 +333,9 @@ class _NaiveSyncNorm(NaiveSyncBatchNorm):
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine)
-        self.load_state_dict(norm.state_dict())
+        self.weight, self.bias = norm.weight, norm.bias  # with whether they are trained
+        self.running_mean, self.running_var = norm.running_mean, norm.running_var
+        self.num_batches_tracked = norm.num_batches_tracked
         self.drop = getattr(norm, "drop", nn.Identity())
         self.act = getattr(norm, "act", nn.Identity())
 
@@ -280,8 +362,7 @@ def solver_rules(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
         InputError: layer decay of a network whose layers are not known.
     """
     names = {name: p for name, p in model.named_parameters() if inside(name)}
-    network: Any = getattr(model, "backbone", None)
-    network = getattr(getattr(network, "bottom_up", getattr(network, "net", None)), "network", None)
+    network = trunk(model)
     spared = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()
     overrides = {name.rpartition(".")[2]: {"weight_decay": 0.0} for name in spared}
     for name, parameter in names.items():

@@ -19,6 +19,7 @@ from core.disk import GB
 from core.progress import format_seconds
 from detection import parity
 from detection import weights as weight_files
+from detection.backbones import uses_network
 from detection.bench import Bench, Failed, NothingToCheck, NotRun
 from detection.checkpointer import FINAL, Checkpointer, SaveHook, bare, restore
 from detection.data import open_few
@@ -44,8 +45,12 @@ def check_parity(bench: Bench) -> str:
     absent = [key for key in parity.FACTS if key not in weights.facts]
     if absent:
         raise NotRun(f"{weights.path.name} does not say its {', '.join(absent)}")
-    named = {weight_files.backbone_name(k): v for k, v in weights.tensors.items()}
-    state = {to_torchvision(name): value for name, value in named.items() if name}
+    if uses_network(bench.cfg):
+        own = weight_files.network_names(weights)
+        state = {name: weights.tensors[source] for name, source in own.items()}
+    else:
+        named = {weight_files.backbone_name(k): v for k, v in weights.tensors.items()}
+        state = {to_torchvision(name): value for name, value in named.items() if name}
     convention = parity.convention_of(weights.facts)
     reference = parity.source_features(state, weights.facts["arch"], convention)
     maps = parity.detector_features(*bench.detector())
@@ -56,6 +61,8 @@ def check_parity(bench: Bench) -> str:
 def check_stem(bench: Bench) -> str:
     """The stem is not what random initialisation makes: weights have really been learned."""
     weights = bench.given()
+    if uses_network(bench.cfg):
+        raise NotRun("known for ResNets alone")
     stem = {weight_files.backbone_name(k): v.float() for k, v in weights.tensors.items()}
     spread = float(stem["stem.conv1.weight"].std())
     seed_torch(bench.cfg.SEED)

@@ -12,6 +12,7 @@ from core.identity import data_digest
 from core.results import sha256_of
 from detection import cfg as configs
 from detection import weights as weight_files
+from detection.backbones import uses_network
 from detection.data import Split
 from detection.formats import OWN_FORMATS
 from detection.weights import Weights
@@ -41,7 +42,7 @@ def identity_of(
         "protocol": cfg.SUITE.PROTOCOL,
         "dataset": val.name,
         "split": val.split,
-        "init": init or _init_name(weights),
+        "init": init or _init_name(weights, cfg),
         "seed": cfg.SEED,
         "epoch": weights.facts.get("epoch") if weights else None,
         "weights": weights.sha256 if weights else "",
@@ -77,10 +78,12 @@ def _content(split: Split) -> str:
     return repr((split.catalog_name, split.num_images, split.num_objects))
 
 
-def _init_name(weights: Weights | None) -> str:
-    if weights is None:
-        return "random"
-    return str(weights.facts.get("method") or weights.path.stem.removesuffix("_d2"))
+def _init_name(weights: Weights | None, cfg: CfgNode) -> str:
+    """Return how rows call the initialisation; that of a network is called by its architecture."""
+    facts = weights.facts if weights else {"method": "random"}
+    name = str(facts.get("method") or (weights and weights.path.stem.removesuffix("_d2")))
+    arch = Path(cfg.MODEL.NETWORK.ARCH if uses_network(cfg) else "").name.replace(":", "_")
+    return name if arch.partition(".")[0] in name else f"{name}_{arch}"
 
 
 def _at_test(key: str) -> bool:
@@ -95,6 +98,7 @@ def facts_of(cfg: CfgNode, identity: dict[str, Any], val: Split) -> dict[str, An
     own["version"] = identity.get("version", 1)
     return {
         **weight_files.config_convention(cfg),
+        **({"arch": cfg.MODEL.NETWORK.ARCH} if uses_network(cfg) else {}),
         "classes": list(val.classes),
         "detection": {**own, "config": configs.protocol_keys(cfg)},
     }

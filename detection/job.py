@@ -20,6 +20,7 @@ from core.errors import InputError
 from core.files import check_folder, is_empty
 from detection import cfg as configs
 from detection import weights as weight_files
+from detection.backbones import note, set_arch, unused_parameters, uses_network
 from detection.checkpointer import Checkpointer
 from detection.compat import versions
 from detection.data import Split, check_same_classes, fit_to_data, open_named, open_pair
@@ -38,6 +39,7 @@ class Request:
     config: str = ""
     weights: str = ""
     output: str | Path | None = None
+    arch: str = ""
     init: str = ""
     seed: int | None = None
     num_gpus: int | None = None
@@ -106,11 +108,15 @@ def prepare(request: Request, scratch: Path, checks: bool = True) -> Job:
     cfg.SUITE.PROTOCOL = configs.protocol_name(cfg, changed)
     train, val = _open_data(cfg, request, scratch)
     fit_to_data(cfg, train, val, notes)
-    check_builds(cfg)
+    if not uses_network(cfg) or cfg.MODEL.NETWORK.ARCH:
+        check_builds(cfg)
     resumed = request.resume and not request.eval_only
     data = data_of(train, val)
     earlier = read_run(cfg, data) if resumed else None
     weights = _read_weights(request, cfg, val, scratch, earlier, notes)
+    if uses_network(cfg):
+        check_builds(cfg)
+        notes += _of_network(cfg, weights)
     if weights and checks:
         notes.append(_check_weights(weights, cfg, request.assume_convention))
     if checks and earlier is None:  # a resumed run has the same data
@@ -147,6 +153,8 @@ def prepare(request: Request, scratch: Path, checks: bool = True) -> Job:
         "coco_backend": cfg.SUITE.COCO_BACKEND,
         "versions": versions(),
     }
+    if uses_network(cfg):
+        details |= network_details(cfg, weights)
     cfg.freeze()
     return Job(
         cfg=cfg, declared=declared, mode=mode, train=train, val=val,
@@ -172,6 +180,8 @@ def _resolve(request: Request) -> tuple[CfgNode, dict[str, Any]]:
     cfg.SUITE.COCO_BACKEND = choose(request.coco_backend or cfg.SUITE.COCO_BACKEND)
     if request.seed is not None:
         cfg.SEED = request.seed
+    if request.arch:
+        set_arch(cfg, request.arch)
     configs.check_values(cfg)
     check_numbers(cfg)
     check_wandb(cfg.SUITE.WANDB)
@@ -301,7 +311,9 @@ def _read_weights(
         if earlier is None:
             notes.append("no --weights: training from random initialisation")
         return None
-    found = weight_files.read_weights(path, scratch / f"{Path(path).stem}_d2.pth")
+    arch = cfg.MODEL.NETWORK.ARCH if uses_network(cfg) else ""
+    found = weight_files.read_weights(path, scratch / f"{Path(path).stem}_d2.pth", arch)
+    weight_files.adopt_network(cfg, found)
     if found.whole != request.eval_only:
         raise InputError(
             f"{path} is a whole detector; training starts from a backbone (--eval-only judges it)"
@@ -316,6 +328,29 @@ def _read_weights(
     if request.convention_from_weights:
         weight_files.take_convention(cfg, found)
     return found
+
+
+def _of_network(cfg: CfgNode, weights: Weights | None) -> list[str]:
+    """Return what is to be said of a network and of the weights that it starts from."""
+    facts = weights.facts if weights else {}
+    said = [facts.get("input_from"), facts.get("positions"), note(cfg.MODEL.NETWORK.ARCH)]
+    if unused := sorted(unused_parameters(cfg.MODEL.NETWORK.ARCH)):
+        said.append(f"not trained, for it lies behind the maps: {', '.join(unused)}")
+    return [f"network: {cfg.MODEL.NETWORK.ARCH}", *(f"network: {line}" for line in said if line)]
+
+
+def network_details(cfg: CfgNode, weights: Weights | None) -> dict[str, Any]:
+    """Return what rows say of a network: its name, input, and how it was fitted in."""
+    facts = weights.facts if weights else {}
+    arch = cfg.MODEL.NETWORK.ARCH
+    return {
+        "arch": arch,
+        "mean": list(cfg.MODEL.PIXEL_MEAN),
+        "std": list(cfg.MODEL.PIXEL_STD),
+        "positions": facts.get("positions", ""),
+        "maps": note(arch),
+        "frozen_unused": sorted(unused_parameters(arch)),
+    }
 
 
 def _check_weights(weights: Weights, cfg: CfgNode, assume_convention: bool) -> str:

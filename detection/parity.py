@@ -22,7 +22,9 @@ from convert.backbone import Backbone
 from convert.layouts import BLOCKS, STEM_CHANNELS, Layout, layout_of
 from convert.sources import Convention
 from core.errors import InputError
+from detection import backbones
 from models.checkpoint import load_plain
+from models.factory import create_model as create_network
 from models.resnet import ARCHITECTURES, Architecture, ResNet, create_model
 
 TOLERANCE = 1e-5
@@ -133,6 +135,10 @@ def source_features(
     Raises:
         InputError: the state is not that of ``arch``, or a map is not finite.
     """
+    if is_network(arch):
+        return backbones.own_maps(
+            backbones.filled(create_network(arch, 1), state), network_image(convention)
+        )
     network = source_network(state, arch, convention.stride_in_1x1)
     mean, std = (_column(values) / 255 for values in (convention.mean, convention.std))
     image = (fixed_image().double() / 255 - mean) / std
@@ -177,7 +183,10 @@ def detectron2_features(path: Path) -> tuple[dict[str, Tensor], int, int]:
     from detectron2.layers import ShapeSpec
     from detectron2.modeling.backbone import build_resnet_backbone
 
-    settings = backbone_cfg(_facts(path))
+    facts = _facts(path)
+    if is_network(facts["arch"]):
+        return _network_features(path, facts)
+    settings = backbone_cfg(facts)
     cfg = get_cfg()
     cfg.merge_from_list([item for pair in settings.items() for item in pair])
     cfg.MODEL.RESNETS.OUT_FEATURES = list(STAGES)
@@ -208,6 +217,8 @@ def detector_features(detector: nn.Module, cfg: CfgNode) -> dict[str, Tensor]:
         cfg: its config, of which mean, std and channel order matter here.
     """
     parts: Any = detector.eval()
+    if (own := backbones.trunk(detector)) is not None:
+        return backbones.own_maps(own, _fed(cfg))
     network = getattr(parts.backbone, "bottom_up", parts.backbone)
     stages = [("stem", network.stem), *zip(network.stage_names, network.stages, strict=True)]
     if "res5" not in network.stage_names:  # C4: it stands in the box head, perhaps before a norm
@@ -219,6 +230,44 @@ def detector_features(detector: nn.Module, cfg: CfgNode) -> dict[str, Tensor]:
         for name, stage in stages:
             x = maps[name] = stage(x)
     return {name: value for name, value in maps.items() if name in STAGES}
+
+
+def is_network(arch: str) -> bool:
+    """Whether an architecture is none of the ResNets that detectron2 has itself."""
+    try:
+        layout_of(arch)
+    except ValueError:
+        return True
+    return False
+
+
+def network_image(convention: Convention) -> Tensor:
+    """Return the fixed image as a network of this convention is fed it."""
+    image = (fixed_image().double() - _column(convention.mean)) / _column(convention.std)
+    return (image if convention.channel_order == "RGB" else image.flip(1)).float()
+
+
+def _network_features(path: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Tensor], int, int]:
+    """The same of a network of ``models.factory``: through detectron2's checkpointer, if it can."""
+    from detectron2.checkpoint import DetectionCheckpointer
+
+    arch, image = facts["arch"], network_image(convention_of(facts))
+    tensors = load_plain(path)["model"]
+    if not backbones.can_detect(arch):
+        network = backbones.filled(create_network(arch, 1), tensors)
+        return backbones.own_maps(network, image), len(tensors), len(tensors)
+    detector = nn.ModuleDict({"bottom_up": backbones.NetworkBackbone(arch)}).eval()
+    state = {k: v for k, v in detector.state_dict().items() if "num_batches" not in k}
+    floating = {k: v for k, v in state.items() if v.is_floating_point()}
+    for value in floating.values():
+        value.fill_(torch.nan)
+    DetectionCheckpointer(detector).load(str(path))
+    unfilled = [key for key, value in floating.items() if bool(torch.isnan(value).any())]
+    unfilled = [key for key in unfilled if key.partition("network.")[2] in tensors]
+    if unfilled:
+        raise InputError(f"detectron2 left {len(unfilled)} tensors unfilled, such as {unfilled[0]}")
+    found: Any = detector["bottom_up"]
+    return backbones.own_maps(found.network, image), len(tensors), len(tensors)
 
 
 def compare(reference: Mapping[str, Tensor], maps: Mapping[str, Tensor]) -> dict[str, float]:

@@ -19,14 +19,19 @@ from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from convert import d2
+from convert.names import to_torchvision
+from convert.networks import random_tensors
 from convert.reading import PICKLES, read_pickle
 from core.errors import InputError
 from core.results import sha256_of
+from detection.backbones import inside, uses_network
 from detection.cfg import set_norms
 from models import checkpoint
+from models.factory import untagged
 
 BACKBONE = re.compile(r"^(?:backbone\.bottom_up\.|backbone\.)?((?:stem|res[2-5]\.\d+)\..+)$")
 HEADS = ("proposal_generator.", "roi_heads.", "head.", "backbone.fpn_", "sem_seg_head.")
+STEM = "stem.conv1.weight"
 COUNTER = "num_batches_tracked"  # of BatchNorm; has no part in what a network computes
 ROUNDING = 0.02  # on 0…255, of mean and std: 58.4 is 58.395, but CLIP's 122.77 is not 123.675
 LIBRARIES = ("timm:", "torchvision:")  # weights that a library keeps on this machine
@@ -45,13 +50,14 @@ class Weights:
     whole: bool  # a detector with its heads, not a backbone alone
 
 
-def read_weights(path: str | Path, converted: Path) -> Weights:
+def read_weights(path: str | Path, converted: Path, arch: str = "") -> Weights:
     """Read a backbone or detector; anything else is converted on the way.
 
     Args:
         path: a converted file, a detector saved by this suite or detectron2 (its zoo's ``.pkl``
             too), or a raw checkpoint.
         converted: where a raw checkpoint's conversion is written.
+        arch: the network of a raw checkpoint that does not say it; "": a ResNet, or by its shapes.
 
     Raises:
         InputError: missing, truncated, holding code, or not recognised.
@@ -63,11 +69,12 @@ def read_weights(path: str | Path, converted: Path) -> Weights:
         found = _as_detectron2(read(path))
         if found is not None:
             tensors, facts = found
-            whole = any(name.startswith(HEADS) for name in tensors)
+            backbone = d2.is_network(facts)  # whose own names may be those of a detector's heads
+            whole = not backbone and any(name.startswith(HEADS) for name in tensors)
             return Weights(path, path, sha256_of(path), tensors, facts, whole)
     from detection.parity import proof
 
-    d2.convert(path, converted, prove=proof)
+    d2.convert(path, converted, arch=arch, prove=proof)
     content = d2.load_converted(converted)
     facts = dict(content["facts"])
     return Weights(Path(path), converted, facts["source_sha256"], content["model"], facts, False)
@@ -115,9 +122,18 @@ def match(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
         left = [n for n in weights.tensors if n not in pairs and COUNTER not in n]
         left = [n for n in left if "cell_anchors" not in n and not n.startswith("pixel_")]
     else:
-        targets = [name for name in targets if backbone_name(name)]
-        by_name = {backbone_name(name): name for name in weights.tensors if backbone_name(name)}
-        pairs = {t: by_name[backbone_name(t)] for t in targets if backbone_name(t) in by_name}
+        network = any(map(inside, targets))
+        own = inside if network else backbone_name
+        targets = [name for name in targets if own(name)]
+        by_name = (
+            network_names(weights)
+            if network
+            else {backbone_name(name): name for name in weights.tensors if backbone_name(name)}
+        )
+        pairs = {t: by_name[own(t)] for t in targets if own(t) in by_name}
+        if d2.is_network(weights.facts):
+            optional = random_tensors(weights.facts["arch"])
+            targets = [t for t in targets if t in pairs or own(t) not in optional]
         used = set(pairs.values())
         left = [n for n in by_name.values() if n not in used and COUNTER not in n]
     for target, source in pairs.items():
@@ -125,7 +141,7 @@ def match(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
         if have != want:
             raise InputError(
                 f"{weights.path}: {source} has shape {_x(have)}, but the config's network wants "
-                f"{_x(want)}; is it another architecture (MODEL.RESNETS.DEPTH)?"
+                f"{_x(want)}; is it another architecture (MODEL.RESNETS.DEPTH, --arch)?"
             )
     missing = [name for name in targets if name not in pairs]
     what = "detector" if weights.whole else "backbone"
@@ -200,6 +216,43 @@ def take_convention(cfg: CfgNode, weights: Weights) -> None:
     cfg.MODEL.RESNETS.STRIDE_IN_1X1 = bool(facts["stride_in_1x1"])
 
 
+def network_names(weights: Weights) -> dict[str, str]:
+    """Map the network's own names to the file's: plain, a detector's, or detectron2's of a ResNet.
+
+    Raises:
+        InputError: a ResNet whose stride stands in the 1×1, which ``models.resnet`` has not.
+    """
+    if d2.is_network(weights.facts):
+        return {name: name for name in weights.tensors}
+    if weights.facts.get("stride_in_1x1"):
+        raise InputError(
+            f"{weights.path} strides in the 1×1 convolution (MSRA), and the network in the 3×3: "
+            "use a protocol of detectron2's own ResNet"
+        )
+    return {to_torchvision(own): n for n in weights.tensors if (own := backbone_name(n))}
+
+
+def adopt_network(cfg: CfgNode, weights: Weights) -> None:
+    """Set ``MODEL.NETWORK.ARCH`` and the input keys to what the weights say of themselves.
+
+    Raises:
+        InputError: they are of another network than the config names, or the config has none.
+    """
+    said, named = str(weights.facts.get("arch", "")), cfg.MODEL.NETWORK.ARCH
+    if not uses_network(cfg):
+        if d2.is_network(weights.facts):
+            raise InputError(
+                f"{weights.path} is a {said}, and {cfg.SUITE.PROTOCOL} has detectron2's ResNet: "
+                "use a protocol for any backbone, such as detection/mask_rcnn_any_FPN_1x.yaml"
+            )
+        return
+    if said and named and untagged(said) != untagged(named):
+        raise InputError(f"{weights.path} is a {said}, but the config or --arch says {named}")
+    cfg.MODEL.NETWORK.ARCH = named or said
+    if all(key in weights.facts for key in CONVENTION):
+        take_convention(cfg, weights)
+
+
 def load_into(model: nn.Module, weights: Weights) -> int:
     """Copy the matched tensors into the detector; return how many (batch counters not counted).
 
@@ -221,9 +274,10 @@ def _as_detectron2(content: Any) -> tuple[dict[str, Tensor], dict[str, Any]] | N
     model = content.get("model", content)
     if not isinstance(model, dict) or not all(isinstance(name, str) for name in model):
         return None
-    if not any(backbone_name(name) == "stem.conv1.weight" for name in model):
-        return None
     facts = content.get("facts", {})
+    network = isinstance(facts, dict) and d2.is_network(facts)
+    if not network and not any(inside(n) or backbone_name(n) == STEM for n in model):
+        return None
     tensors = {k: v for k, v in model.items() if isinstance(v, Tensor)}
     return tensors, dict(facts) if isinstance(facts, dict) else {}
 

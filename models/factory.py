@@ -60,6 +60,11 @@ def check_name(name: str) -> None:
         raise InputError(f"arch {name!r} is unknown; {_nearest(name)}")
 
 
+def untagged(name: str) -> str:
+    """Return the name without the tag that says which of timm's weights it is to hold."""
+    return name.partition(".")[0] if name.startswith(TIMM) else name
+
+
 def canonical(name: str) -> str:
     """Return the name that a checkpoint's facts carry: of a user's file, with its full path."""
     return user_file.canonical(name) if user_file.is_name(name) else name

@@ -17,6 +17,8 @@ def add_run_options(p: argparse.ArgumentParser) -> None:
     """Add what describes a run: config, weights, hardware, data, overrides."""
     p.add_argument("--config", "--config-file", default="", help="YAML, as given or under configs/")
     p.add_argument("--weights", default="", help="backbone: ckpt_d2.pth, or raw (then converted)")
+    p.add_argument("--arch", default="", help="network of a protocol for any backbone: timm/NAME, "
+                   "resnet50, path/to/file.py:function; default: as the weights say")  # fmt: skip
     p.add_argument("--output", type=_checkout.folder, help="run folder (OUTPUT_DIR)")
     p.add_argument("--init", default="", help="name of the initialisation in the result rows")
     p.add_argument("--seed", type=int, help="of this trial (SEED)")
