@@ -26,12 +26,13 @@ from detection.evaluation import check_split
 from detection.job import Request
 from detection.preflight import PASSED, preflight
 from detection.run import run
-from tests.detection_tiny import CLASSES, SMALL, write_pair
+from tests.detection_tiny import CLASSES, CONFIG, SMALL, write_pair
 
 OBJECT = (
     "<object><name>{name}</name><pose>x</pose><truncated>0</truncated><difficult>0</difficult>"
     "<bndbox><xmin>{x0}</xmin><ymin>{y0}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax></bndbox></object>"
 )
+BOXES = ["MODEL.MASK_ON", "False"]
 ONE_STEP = ["SOLVER.MAX_ITER", "1", "SOLVER.STEPS", "()", "TEST.PRECISE_BN.ENABLED", "False"]
 
 
@@ -110,17 +111,16 @@ def _run(output: Path, **fields: Any) -> set[str]:
 
 
 def test_a_voc_run_ends_in_voc_rows(voc: str, tmp_path: Path) -> None:
-    data = ["DATASETS.TRAIN", f"('{voc}',)", "DATASETS.TEST", f"('{voc}',)"]
-    config = "detection/faster_rcnn_R18_FPN_shapes.yaml"
-    found = _run(tmp_path / "run", config=config, overrides=data)
+    data = [*BOXES, "DATASETS.TRAIN", f"('{voc}',)", "DATASETS.TEST", f"('{voc}',)"]
+    found = _run(tmp_path / "run", config=CONFIG, overrides=data)
     assert found == {"bbox/AP", "bbox/AP50", "bbox/AP75"}
 
 
 def test_a_few_images_of_voc_are_judged_before_a_run(voc: str, tmp_path: Path) -> None:
-    data = ["DATASETS.TRAIN", f"('{voc}',)", "DATASETS.TEST", f"('{voc}',)"]
+    data = [*BOXES, "DATASETS.TRAIN", f"('{voc}',)", "DATASETS.TEST", f"('{voc}',)"]
     asked = Request(
         num_gpus=0, output=str(tmp_path / "run"), overrides=[*SMALL, *ONE_STEP, *data],
-        config="detection/faster_rcnn_R18_FPN_shapes.yaml",
+        config=CONFIG,
     )  # fmt: skip
     for images in (1, 3):
         found = {f.name: f for f in preflight(asked, Limits(images=images), ["evaluate"])}
@@ -182,8 +182,7 @@ def test_an_lvis_run_ends_in_rows_by_frequency(tmp_path: Path) -> None:
     _register_lvis(path, images)
     data = ["DATASETS.TRAIN", "('tinylvis_train',)", "DATASETS.TEST", "('tinylvis_val',)"]
     data += ["DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"]
-    config = "detection/mask_rcnn_R18_FPN_shapes.yaml"
-    found = _run(tmp_path / "run", config=config, overrides=data)
+    found = _run(tmp_path / "run", config=CONFIG, overrides=data)
     assert {"bbox/APr", "segm/APf", "segm/AP"} <= found
 
 
@@ -201,15 +200,14 @@ def test_a_keypoint_run_ends_in_keypoint_rows(tmp_path: Path) -> None:
     path.write_text(json.dumps(content))
     assert formats.flips(names) == [("left_end", "right_end")]
     data = {"train_json": path, "train_images": images, "val_json": path, "val_images": images}
-    more = ["MODEL.KEYPOINT_ON", "True", "TEST.KEYPOINT_OKS_SIGMAS", "[0.1, 0.1, 0.1]"]
+    more = [*BOXES, "MODEL.KEYPOINT_ON", "True", "TEST.KEYPOINT_OKS_SIGMAS", "[0.1, 0.1, 0.1]"]
     more += ["MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "(16,)"]
-    config = "detection/faster_rcnn_R18_FPN_shapes.yaml"
     fields = {key: str(value) for key, value in data.items()}
-    found = _run(tmp_path / "run", config=config, overrides=more, **fields)
+    found = _run(tmp_path / "run", config=CONFIG, overrides=more, **fields)
     assert {"keypoints/AP", "keypoints/APl", "bbox/AP"} <= found
     again = {"weights": str(tmp_path / "run/model_final.pth"), "eval_only": True}
     judged = {key: fields[key] for key in ("val_json", "val_images")}
-    assert _run(tmp_path / "eval", config=config, overrides=more, **judged, **again) == found
+    assert _run(tmp_path / "eval", config=CONFIG, overrides=more, **judged, **again) == found
 
 
 @pytest.fixture
@@ -257,14 +255,13 @@ def test_perfect_cityscapes_masks_have_an_ap_of_100(city: str) -> None:
 
 def test_a_cityscapes_run_is_checked_and_ends_in_rows(city: str, tmp_path: Path) -> None:
     data = ["DATASETS.TRAIN", f"('{city}',)", "DATASETS.TEST", f"('{city}',)"]
-    config = "detection/mask_rcnn_R18_FPN_shapes.yaml"
     asked = Request(
-        num_gpus=0, config=config, output=str(tmp_path / "run"),
+        num_gpus=0, config=CONFIG, output=str(tmp_path / "run"),
         overrides=[*SMALL, *ONE_STEP, *data],
     )  # fmt: skip
     (*_, few) = preflight(asked, Limits(images=2), ["evaluate"])
     assert (few.mark, "2 rows from 2 images" in few.fact) == (PASSED, True), few.fact
-    assert _run(tmp_path / "run", config=config, overrides=data) == {"segm/AP", "segm/AP50"}
+    assert _run(tmp_path / "run", config=CONFIG, overrides=data) == {"segm/AP", "segm/AP50"}
 
 
 def test_the_packages_that_evaluate_are_asked_for_before_training(
@@ -279,7 +276,7 @@ def test_the_packages_that_evaluate_are_asked_for_before_training(
 
 def test_the_truth_of_voc_and_lvis_is_evaluated_against_itself(voc: str, tmp_path: Path) -> None:
     pytest.importorskip("hotcoco")
-    cfg = load_cfg("detection/mask_rcnn_R18_FPN_shapes.yaml")
+    cfg = load_cfg(CONFIG)
     (said,) = check_split(cfg, open_named(voc, {}))
     assert "taken as detections: bbox 100" in said
     _register_lvis(*_lvis(tmp_path / "lvis"))
