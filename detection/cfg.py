@@ -14,12 +14,15 @@ from typing import Any
 import detectron2.modeling as registries
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.layers import get_norm
+from detectron2.modeling import ROI_HEADS_REGISTRY
+from detectron2.modeling.roi_heads import Res5ROIHeads
+from torch import nn
 
 from core import identity
 from core.config import find_config, nearest, read_with_bases
 from core.errors import InputError
 from detection import backbones
-from detection import heads as heads  # registers the head that the C4 protocols name
 
 SYNC_NORM, NAIVE_NORM = "SyncBN", "naiveSyncBN"
 CHOICES: dict[str, Iterable[str]] = {  # what the keys can name that choose an implementation
@@ -40,7 +43,7 @@ REGISTRIES = {
     "MODEL.PROPOSAL_GENERATOR.NAME": registries.PROPOSAL_GENERATOR_REGISTRY,
     "MODEL.RPN.HEAD_NAME": registries.RPN_HEAD_REGISTRY,
     "MODEL.ANCHOR_GENERATOR.NAME": registries.ANCHOR_GENERATOR_REGISTRY,
-    "MODEL.ROI_HEADS.NAME": registries.ROI_HEADS_REGISTRY,
+    "MODEL.ROI_HEADS.NAME": ROI_HEADS_REGISTRY,
 }
 NORMS = ("", "BN", SYNC_NORM, NAIVE_NORM, "naiveSyncBN_N", "nnSyncBN", "FrozenBN", "GN", "LN")
 POSITIVE = (
@@ -58,6 +61,24 @@ UNUSED = {  # keys of detectron2 that nothing here reads, with what they may be
     "TEST.EXPECTED_RESULTS": [],
     "MODEL.LOAD_PROPOSALS": False,
 }
+
+
+@ROI_HEADS_REGISTRY.register()
+class Res5ROIHeadsExtraNorm(Res5ROIHeads):
+    """detectron2's ``Res5ROIHeads`` whose res5 is followed by a norm: MoCo's C4 protocols.
+
+    Shapes: N regions, D = 2048 channels of res5, h×w its map (7×7); N×D×h×w is normalised.
+
+    Networks from self-supervised training end in features of any scale; the norm brings them to the
+    scale that the box predictor starts from (MoCo, arXiv 1911.05722, appendix A.3). It is not part
+    of the backbone: pretrained weights have nothing for it.
+    """
+
+    @classmethod
+    def _build_res5_block(cls, cfg: CfgNode) -> tuple[nn.Sequential, int]:
+        blocks, channels = super()._build_res5_block(cfg)
+        blocks.add_module("norm", get_norm(cfg.MODEL.RESNETS.NORM, channels))
+        return blocks, channels
 
 
 def default_cfg() -> CfgNode:

@@ -13,8 +13,16 @@ import pytest
 
 from core.errors import InputError
 from core.results import append_rows, read_rows
-from detection.bootstrap import ClassMatches, average_precisions, compare, draws, match
-from detection.compare import compare_files, compare_runs, find_trials
+from detection.compare import (
+    ClassMatches,
+    average_precisions,
+    compare,
+    compare_files,
+    compare_runs,
+    draws,
+    find_trials,
+    match,
+)
 from detection.saved import evaluate, indexed
 from tests.coco_cases import random_case, write_run
 
