@@ -87,6 +87,7 @@ BAD: dict[str, list[str]] = {
     "method": ["cte"],
     "arch": ["resnet51"],
     "zero_init_residual": SWITCH,
+    "drop_path_rate": ["much"],
     **{group: ["5", "null"] for group in ("ctc", "ctc.stage1", "loop", "data")},
 }
 
