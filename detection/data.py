@@ -7,6 +7,7 @@ it: COCO, its keypoints and LVIS are pairs; Pascal VOC and Cityscapes have forma
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,7 @@ from PIL import Image, UnidentifiedImageError
 
 from core.config import ROOT
 from core.errors import InputError
+from core.results import sha256_of
 from data.shapes import scenes
 from detection import formats
 from detection.annotations import has_extent, read_annotations
@@ -58,6 +60,7 @@ class Split:
     has_rle: bool  # a non-crowd mask is run-length encoded, which needs MASK_FORMAT "bitmask"
     keypoints: tuple[str, ...] = ()  # their names, where objects have some
     kind: str = "coco"  # whose rules evaluate it: "coco", "lvis", "voc", "cityscapes"
+    digest: str = ""  # of its annotation files, of a kind that has no json
     without_mask: int | str | None = None  # id of the first annotation without a mask
     without_keypoints: int | str | None = None  # id of the first annotation without keypoints
 
@@ -364,7 +367,14 @@ def _open_own_format(name: str, kind: str, decode: bool = False) -> Split:
         has_masks=not voc,
         has_rle=False,
         kind=kind,
+        digest=_digest_of_files(formats.annotation_files(name, kind, records)),
     )
+
+
+def _digest_of_files(files: Iterable[Path]) -> str:
+    """Return a sha256 of the names and bytes of files, wherever their folders lie."""
+    named = sorted((file.name, sha256_of(file)) for file in files)
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()
 
 
 def _default_name(json_path: Path) -> str:

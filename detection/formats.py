@@ -62,6 +62,22 @@ def load(name: str) -> list[dict[str, Any]]:
     return records
 
 
+def annotation_files(name: str, kind: str, records: Iterable[dict[str, Any]]) -> list[Path]:
+    """Return the files that the annotations of VOC or Cityscapes are read from."""
+    meta = MetadataCatalog.get(name)
+    if kind == "voc":
+        folder = Path(meta.dirname) / "Annotations"
+        return [folder / f"{record['image_id']}.xml" for record in records]
+    images = [Path(record["file_name"]) for record in records]
+    return [
+        file
+        for image in images
+        for file in Path(meta.gt_dir, image.parent.name).glob(
+            image.name.removesuffix("leftImg8bit.png") + "gtFine_*"
+        )
+    ]
+
+
 def register_few(name: str, kind: str, number: int, folder: Path) -> str:
     """Register the first images of a VOC or Cityscapes data set, as links in ``folder``.
 

@@ -14,7 +14,6 @@ from detection import cfg as configs
 from detection import weights as weight_files
 from detection.backbones import uses_network
 from detection.data import Split
-from detection.formats import OWN_FORMATS
 from detection.weights import Weights
 
 RUN_FILE = "run.json"
@@ -63,7 +62,7 @@ def identity_of(
 
 
 def data_of(train: Sequence[Split], val: Split) -> str:
-    """Return which annotations are learned from and judged on, whatever they are called.
+    """Return which annotations are learned from and evaluated on, whatever they are called.
 
     Returns:
         ``TRAIN/VAL``, 12 hex digits of a sha256 each; no TRAIN where nothing is trained.
@@ -72,10 +71,8 @@ def data_of(train: Sequence[Split], val: Split) -> str:
 
 
 def _content(split: Split) -> str:
-    """Return a sha256 of the json; of VOC and Cityscapes, which have none, the name and counts."""
-    if split.kind not in OWN_FORMATS:
-        return sha256_of(split.json)
-    return repr((split.catalog_name, split.num_images, split.num_objects))
+    """Return a sha256 of the json, or a digest of the annotation files of a kind that has none."""
+    return split.digest or sha256_of(split.json)
 
 
 def _init_name(weights: Weights | None, cfg: CfgNode) -> str:

@@ -1,4 +1,4 @@
-"""Data sets with rules of their own: opened by name, judged by those rules, trained on."""
+"""Data sets with rules of their own: opened by name, evaluated by those rules, trained on."""
 
 import functools
 import json
@@ -23,6 +23,7 @@ from detection.bench import Limits
 from detection.cfg import load_cfg
 from detection.data import open_named, open_pair
 from detection.evaluation import check_split
+from detection.identity import data_of
 from detection.job import Request
 from detection.preflight import PASSED, preflight
 from detection.run import run
@@ -73,6 +74,24 @@ def test_voc_is_opened_by_name(voc: str) -> None:
     split = open_named(voc, {})
     assert (split.name, split.split, split.kind) == ("tinyvoc_2007", "trainval", "voc")
     assert (split.num_images, split.num_objects, split.classes) == (6, 12, ("square", "bar"))
+
+
+def test_the_digest_of_voc_is_that_of_its_annotations_and_not_of_their_folder(
+    voc: str, tmp_path: Path
+) -> None:
+    def digest() -> str:
+        return data_of((), open_named(voc, {}))
+
+    before = digest()
+    (tmp_path / "VOC2007").rename(tmp_path / "moved")
+    MetadataCatalog.pop(voc)
+    DatasetCatalog.remove(voc)
+    register_pascal_voc(voc, str(tmp_path / "moved"), "trainval", 2007, tuple(CLASSES.values()))
+    MetadataCatalog.get(voc).evaluator_type = "pascal_voc"
+    assert digest() == before
+    xml = next(f for f in (tmp_path / "moved/Annotations").iterdir() if "square" in f.read_text())
+    xml.write_text(xml.read_text().replace("square", "bar", 1))  # as many images and objects
+    assert digest() != before
 
 
 def test_what_voc_lacks_is_named(voc: str, tmp_path: Path) -> None:
