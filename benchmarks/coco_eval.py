@@ -49,7 +49,7 @@ def segm(sizes: Sizes | None = None) -> tuple[float, float, list[str]]:
 
 
 def measure(task: str, sizes: Sizes) -> tuple[float, float, list[str]]:
-    """Judge one seeded pair of files both ways, in turn."""
+    """Evaluate one seeded pair of files both ways, in turn."""
     backend = choose("auto")
     with tempfile.TemporaryDirectory() as folder:
         truth, found = write_set(Path(folder), sizes, task)
@@ -137,8 +137,8 @@ def _pycocotools(truth: Path, found: Path, task: str) -> np.ndarray:
     """Return the twelve numbers of record."""
     with contextlib.redirect_stdout(io.StringIO()):
         annotations = COCO(str(truth))
-        judge = COCOeval(annotations, annotations.loadRes(str(found)), task)
-        judge.evaluate()
-        judge.accumulate()
-        judge.summarize()
-    return np.asarray(judge.stats)
+        evaluator = COCOeval(annotations, annotations.loadRes(str(found)), task)
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
+    return np.asarray(evaluator.stats)

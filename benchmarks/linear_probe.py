@@ -67,9 +67,9 @@ def _data(sizes: Sizes) -> tuple[str, IndexedDataset, IndexedDataset]:
 
 
 def _ours(model: ResNet, train: IndexedDataset, test: IndexedDataset) -> float:
-    learnt, judged = extract(model, train), extract(model, test)
+    learnt, tested = extract(model, train), extract(model, test)
     probe = linear_probe(
-        (learnt.features, learnt.labels), (judged.features, judged.labels), len(train.classes)
+        (learnt.features, learnt.labels), (tested.features, tested.labels), len(train.classes)
     )
     return probe.score
 

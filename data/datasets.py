@@ -60,7 +60,7 @@ class IndexedDataset(Dataset[Any]):
     is left as it was.
 
     Attributes:
-        labels: N int64; or N×K of 1, 0 and −1 (not judged) where an image has several labels.
+        labels: N int64; or N×K of 1, 0 and −1 (not evaluated) where an image has several labels.
         classes: K names.
         split: the official split that the images come from ("train" where val is held out of it).
         mean, std: of RGB in 0..1, for ``normalise``.

@@ -67,7 +67,7 @@ class Source:
     """Labels at once, images one by one."""
 
     images: Tensor | list[Path] | Encoded  # N×3×H×W uint8, or N files, or N in a format
-    labels: Tensor  # N int64 in 0..K-1; or N×K of 1, 0 and −1 (not to be judged): several an image
+    labels: Tensor  # N int64 in 0..K-1; or N×K of 1, 0 and −1 (not evaluated): several an image
     classes: list[str]
     where: str  # the file or folder that holds them, for error sentences
 

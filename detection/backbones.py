@@ -352,7 +352,7 @@ def _naively_synchronised(module: nn.Module) -> nn.Module:
 
 
 def solver_rules(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
-    """Return what ``get_default_optimizer_params`` is told of a network's parameters.
+    """Return the arguments of ``get_default_optimizer_params`` for a network's parameters.
 
     ``lr_factor_func`` is the layer decay: the stem is layer 0, and what stands behind the network
     (necks, heads) has factor 1. ``overrides`` spare what the network's ``no_weight_decay()`` names,

@@ -294,12 +294,12 @@ def _of_draws(matched: ClassMatches, times: Array, to_find: Array) -> Array:
         if not len(hits):
             continue
         true = np.cumsum(weights[hits], axis=0)  # P×B
-        judged = before[hits]
+        counted = before[hits]
         if len(ignored):
             void = np.zeros((len(ignored) + 1, times.shape[1]), before.dtype)
             np.cumsum(weights[ignored], axis=0, out=void[1:])
-            judged = judged - void[np.searchsorted(ignored, hits)]
-        precision = true / (judged + np.spacing(1))
+            counted = counted - void[np.searchsorted(ignored, hits)]
+        precision = true / (counted + np.spacing(1))
         envelope = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
         recall = true / np.maximum(to_find, 1)
         reached = np.searchsorted(RECALLS, recall.ravel(), side="right").reshape(recall.shape)

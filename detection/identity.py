@@ -27,7 +27,7 @@ def identity_of(
     data: str,
     earlier: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Return the fields by which result rows are told apart.
+    """Return the fields that identify result rows.
 
     Args:
         init: name of the initialisation as the user gives it; "": as the weights call themselves.
@@ -50,14 +50,14 @@ def identity_of(
         "data": data,
         "version": cfg.SUITE.VERSION,
     }
-    if own:  # a detector of ours: what was trained is what it says, whatever config judges it
-        judged = {k: v for k, v in configs.changed_keys(cfg, own["config"]).items() if _at_test(k)}
+    if own:  # a detector of ours: what was trained is what it says, whatever config evaluates it
+        at_test = {k: v for k, v in configs.changed_keys(cfg, own["config"]).items() if _at_test(k)}
         trained = {k: own[k] for k in ("init", "seed", "epoch", "weights", "weights_path")}
         identity |= trained | {"protocol": own["protocol"], "version": own.get("version", 1)}
         identity["data"] = own.get("data", "").partition("/")[0] + data
-        if judged:
+        if at_test:
             cfg.SUITE.PROTOCOL = own["protocol"]
-            identity["protocol"] = configs.protocol_name(cfg, judged)
+            identity["protocol"] = configs.protocol_name(cfg, at_test)
     return identity
 
 
@@ -84,7 +84,7 @@ def _init_name(weights: Weights | None, cfg: CfgNode) -> str:
 
 
 def _at_test(key: str) -> bool:
-    """Whether a key acts when a trained detector is judged."""
+    """Whether a key acts when a trained detector is evaluated."""
     return key.startswith(("MODEL.", "TEST.")) or key.endswith("_TEST")
 
 

@@ -316,7 +316,7 @@ def _read_weights(
     weight_files.adopt_network(cfg, found)
     if found.whole != request.eval_only:
         raise InputError(
-            f"{path} is a whole detector; training starts from a backbone (--eval-only judges it)"
+            f"{path} is a whole detector; training starts from a backbone (or: --eval-only)"
             if found.whole
             else f"{path} is a backbone without heads; --eval-only needs a trained detector"
         )

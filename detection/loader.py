@@ -220,11 +220,11 @@ class SplitBatches:
 
 def test_loader(cfg: CfgNode, catalog_name: str) -> SplitBatches:
     """Return the loader of a whole split, each image once over all ranks."""
-    judged = cfg.clone()
-    judged.defrost()
-    judged.DATASETS.TRAIN = (catalog_name,)  # where detectron2's mapper looks keypoints up
+    evaluated = cfg.clone()
+    evaluated.defrost()
+    evaluated.DATASETS.TRAIN = (catalog_name,)  # where detectron2's mapper looks keypoints up
     return SplitBatches(
-        build_detection_test_loader(judged, catalog_name, mapper=Mapper(judged, False))
+        build_detection_test_loader(evaluated, catalog_name, mapper=Mapper(evaluated, False))
     )
 
 

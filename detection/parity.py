@@ -285,7 +285,7 @@ def compare(reference: Mapping[str, Tensor], maps: Mapping[str, Tensor]) -> dict
 
 def _check_detectron2(path: Path, reference: Mapping[str, Tensor]) -> Parity:
     maps, matched, expected = detectron2_features(path)
-    return judged(Parity(compare(reference, maps), matched, expected))
+    return within_tolerance(Parity(compare(reference, maps), matched, expected))
 
 
 def _check_torchvision(path: Path, reference: Mapping[str, Tensor]) -> Parity:
@@ -313,11 +313,11 @@ def _check_torchvision(path: Path, reference: Mapping[str, Tensor]) -> Parity:
         maps = {}
         for name, stage in zip(STAGES, ("layer1", "layer2", "layer3", "layer4"), strict=True):
             x = maps[name] = getattr(network, stage)(x)
-    return judged(Parity(compare(reference, maps), len(state), len(state), "torchvision"))
+    return within_tolerance(Parity(compare(reference, maps), len(state), len(state), "torchvision"))
 
 
-def judged(parity: Parity) -> Parity:
-    """Return what was found; raise InputError, naming the first stage that differs too much."""
+def within_tolerance(parity: Parity) -> Parity:
+    """Return the comparison; raises InputError that names the first stage beyond TOLERANCE."""
     for stage, difference in parity.differences.items():
         if not difference <= TOLERANCE:
             raise InputError(

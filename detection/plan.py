@@ -1,4 +1,4 @@
-"""What a run will take, told before it starts: processes, iterations, hours, disk.
+"""What a run will take, computed before it starts: processes, iterations, hours, disk.
 
 Everything follows from the config but the hours, which are measured: by an earlier run of the same
 protocol on as many processes, or by whoever published the protocol (``SUITE.EXPECTED_HOURS``).
@@ -38,7 +38,7 @@ def plan(job: Job) -> list[str]:
         announcement([own["config"]], own["data"], own["version"]),
         f"world     {world(job)}, lr {solver.BASE_LR:g}",
         f"schedule  {solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images{going_on}: "
-        f"{epochs:.3g} epochs of {images['train']} images; then {images['val']} images judged",
+        f"{epochs:.3g} epochs of {images['train']} images; then {images['val']} images evaluated",
         f"time      {expected_time(job, solver.MAX_ITER - done)}",
         f"disk      {disk(cfg, checkpoint_bytes(cfg))}",
     ]

@@ -92,7 +92,7 @@ def begin(request: Request, scratch: Path, stack: contextlib.ExitStack) -> tuple
     lock = stack.enter_context(locked(job.folder))
     if job.mode == "train":
         check_empty(job.folder)  # again: another run may have begun meanwhile
-    settle(job, scratch)
+    start_folder(job, scratch)
     return job, [lock]
 
 
@@ -138,7 +138,7 @@ def _place(request: Request) -> launch.Place:
     return launch.Place(request.num_machines, request.machine_rank, url.hostname, url.port)
 
 
-def settle(job: Job, scratch: Path) -> None:
+def start_folder(job: Job, scratch: Path) -> None:
     """Make the run folder and write what is known before the first iteration."""
     job.folder.mkdir(parents=True, exist_ok=True)
     if job.weights_file and Path(job.weights_file).parent == scratch:

@@ -74,7 +74,7 @@ def test_a_json_that_is_not_coco_is_refused(
 def test_data_have_masks_where_every_object_has_one(
     pair: tuple[Path, Path], change: Any, masks: list[str]
 ) -> None:
-    """Crowds have no part in training, but masks of val are judged by theirs."""
+    """Crowds have no part in training, but masks of val are evaluated by theirs."""
     _edit(pair[0], change)
     splits = [datasets.open_pair(*pair, split=split) for split in ("train", "val")]
     assert [split.split for split in splits if split.has_masks] == masks

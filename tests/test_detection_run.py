@@ -1,4 +1,4 @@
-"""Whole runs of a tiny detector: refusals, exact resume, result rows, judging alone."""
+"""Whole runs of a tiny detector: refusals, exact resume, result rows, evaluation alone."""
 
 import dataclasses
 import json

@@ -80,7 +80,7 @@ def test_what_is_no_backbone_tensor_is_refused_back(name: str) -> None:
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 def test_detectron2_reads_a_blob_as_we_do(arch: str) -> None:
-    """Blobs are spelled from a real network's keys; detectron2's own legacy rename is the judge."""
+    """Blobs are spelled from a real network's keys; the reference is detectron2's legacy rename."""
     from detectron2.checkpoint.c2_model_loading import convert_basic_c2_names
 
     blobs = {}

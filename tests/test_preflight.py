@@ -210,7 +210,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
     assert not output.parent.exists()
     assert "MAX_ITER: 4" in said
     assert "world     2 × cpu with 1 images each, lr 0.01" in said
-    assert "4 iterations of 2 images: 1.33 epochs of 6 images; then 6 images judged" in said
+    assert "4 iterations of 2 images: 1.33 epochs of 6 images; then 6 images evaluated" in said
     assert "unknown: tools/preflight.py measures it" in said
     assert "at most 2 checkpoints" in said
     row = ResultRow(

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train or judge a detector on a pretrained backbone, under a named protocol.
+"""Train or evaluate a detector on a pretrained backbone, under a named protocol.
 
     tools/train_net.py --config detection/mask_rcnn_R50_FPN_1x.yaml --num-gpus 8 --weights ckpt.pth
 
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dist-url", default="auto", help="for several machines: tcp://HOST:PORT")
     p.add_argument("--job", default="", help=argparse.SUPPRESS)  # of a process that it starts
     p.add_argument("--resume", action="store_true", help="go on with the run in --output")
-    p.add_argument("--eval-only", action="store_true", help="judge a trained detector")
+    p.add_argument("--eval-only", action="store_true", help="evaluate a trained detector")
     p.add_argument("--dry-run", action="store_true", help="check, say what would be done, and end")
     return p
 

@@ -19,7 +19,7 @@ VOC_CLASSES = (
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
     "tvmonitor",
 )  # fmt: skip
-VOC_LABELS = {"1": 1, "-1": 0, "0": -1}  # present, absent, difficult: not to be judged
+VOC_LABELS = {"1": 1, "-1": 0, "0": -1}  # present, absent, difficult: not evaluated
 CALTECH_TRAIN = 30  # images a class to learn from, the field's habit; the set has no official split
 
 
@@ -117,7 +117,7 @@ def read_places205(request: Request) -> Source:
 
 
 def read_voc07(request: Request) -> Source:
-    """PASCAL VOC 2007 classification: 20 labels an image, 1, 0 or −1 (difficult: not judged)."""
+    """PASCAL VOC 2007 classification: 20 labels an image, 1, 0 or −1 (difficult: not evaluated)."""
     root = inside(request.root, "VOCdevkit/VOC2007")
     lists = root / "ImageSets" / "Main"
     with one_sentence(root):
