@@ -49,7 +49,7 @@ class CTC(Objective):
     PreservationTerm, or None where its weight is 0. Stage 1's projection and bank end with it.
 
     Args:
-        model: with ``num_features``, ``forward_features`` and ``forward_head``.
+        model: with ``head_hidden_size``, ``forward_features`` and ``forward_head``.
         labels: N int64, the class of every training image.
         seed: of projections, banks and negatives.
 
@@ -121,7 +121,7 @@ class CTC(Objective):
 class InstanceTerm(nn.Module):
     """L_IAS, stage 1 of CTC: every training image is a class of its own.
 
-    u = normalise(W f + b) is drawn to the image's own row of a bank and away from all others.
+    u = normalise(W f + b) is pulled to the image's own row of a bank and away from all others.
 
     Args:
         features: C. images: N. seed: of projection and bank.

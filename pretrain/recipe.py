@@ -91,7 +91,8 @@ class CTCConfig:
     estimator: str = "nce"  # nce (released) or infonce (the poster's: softmax over 1 + K)
     num_negatives: int = 16384  # K; 0: every image of another class
     negatives: str = "per_sample"  # per_sample (released) or shared by the batch
-    pool: int = 0  # bank rows that one step's negatives come from, at least K; 0: 4 K (released: N)
+    # rows that a step's per_sample negatives come from, at least K; 0: 4 K (released: all N)
+    pool: int = 0
     bank_refresh: bool = False  # stage 2's banks start as the frozen network's embeddings
     # the banks
     bank_dtype: str = "fp32"  # fp32 (released), bf16 or fp16

@@ -114,6 +114,23 @@ def test_losses_and_gradients_are_those_of_the_listed_negatives(
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("labels", [LABELS, (LABELS == 3).long(), (torch.arange(N) == 7).long()])
+@pytest.mark.parametrize("images", [1, N])
+def test_batches_of_one_image_and_of_all_on_uneven_classes(images: int, labels: Tensor) -> None:
+    """Of two classes, one may be a single image, against which 60 negatives are drawn again."""
+    torch.manual_seed(1)
+    index = torch.randperm(N)[:images]
+    batch = {key: unit(images, E).requires_grad_() for key in ("v", "t")}
+    batch |= {key: unit(N, E) for key in ("bank_v", "bank_t")} | {"index": index}
+    for k in (1, 12, 60):
+        drawer = Drawer(CTCConfig(num_negatives=k), labels, seed=2)
+        chosen = drawer.draw(0, labels[index], labels.to(torch.int32))
+        assert chosen.count.tolist() == [k] * images
+        assert (labels[chosen.listed()] != labels[index, None]).all()
+        quick = torch.stack(preservation_losses(*problem(batch, chosen), LOG_Z))
+        torch.testing.assert_close(quick, plain(batch, chosen, LOG_Z))
+
+
 def test_first_z_is_the_mean_over_positives_and_negatives(batch: dict[str, Tensor]) -> None:
     chosen = drawn(batch)
     embeddings, _, banks, *_ = problem(batch, chosen)
