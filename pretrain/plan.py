@@ -18,9 +18,9 @@ from core.identity import announcement, data_digest, recipe_hash
 from core.progress import format_seconds
 from core.results import ROWS_FILE, read_rows
 from pretrain import run
+from pretrain.folder import CONFIG, prepare_folder
 from pretrain.memory import DTYPES
-from pretrain.recipe import CTCConfig
-from pretrain.run import PretrainConfig
+from pretrain.recipe import CTCConfig, PretrainConfig, identifying, recipe_of
 from training import resume
 from training.loop import Objective
 from training.schedule import saved_epochs
@@ -32,7 +32,7 @@ def plan(config: PretrainConfig, folder: Path, resume_run: bool) -> str:
     Raises:
         InputError: as ``run.pretrain``.
     """
-    run.prepare_folder(folder, config, resume_run)
+    prepare_folder(folder, config, resume_run)
     dataset, held_out, objective = run.make_ready(config)
     data = data_digest([dataset.digest], [held_out.digest])
     epochs = sum(stage.epochs for stage in objective.stages())
@@ -44,7 +44,7 @@ def plan(config: PretrainConfig, folder: Path, resume_run: bool) -> str:
             f"# into {folder}",
             f"# time: {expected_time(config, folder)}",
             f"# disk: {disk(config, folder, objective, len(dataset))}",
-            f"# {announcement([recipe_hash(run.recipe_of(config))], data, config.version)}",
+            f"# {announcement([recipe_hash(recipe_of(config))], data, config.version)}",
         ]
     )
 
@@ -57,9 +57,9 @@ def expected_time(config: PretrainConfig, folder: Path) -> str:
             if not any(r.step == "pretrain" and here.items() <= r.details.items()
                        for r in read_rows(file)):  # fmt: skip
                 continue
-            before = load_config(PretrainConfig, file.parent / run.CONFIG)
+            before = load_config(PretrainConfig, file.parent / CONFIG)
             alike = dataclasses.replace(before, seed=config.seed)
-            if run.identifying(alike) != run.identifying(config):
+            if identifying(alike) != identifying(config):
                 continue
             seconds = trained_seconds(file.parent / resume.LOG, config.loop.batch_size)
         except (InputError, OSError, ValueError, KeyError):  # another version, or damaged

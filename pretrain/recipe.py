@@ -1,13 +1,18 @@
-"""The keys of cross-entropy and of CTC, each with its reason, and which values are accepted.
+"""The keys of a pretraining, each with its reason, and which values are accepted.
 
 Shapes: N training images, K negatives.
 """
 
 import dataclasses
+from typing import Any
 
+from core.config import load_config, shipped_config, to_dict
 from core.errors import InputError
+from core.identity import changed_keys, effective
+from data.datasets import DataConfig, resolved
 from pretrain.losses import ESTIMATORS
 from pretrain.memory import DTYPES
+from training.loop import LoopConfig
 from training.schedule import SCHEDULES, Stage
 
 
@@ -130,3 +135,53 @@ CHOICES = {
     "bank_dtype": tuple(DTYPES),
     "bank_sharding": ("replicated", "sharded"),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """A pretraining recipe."""
+
+    version: int = 1  # of the recipe: raised when what it computes changes
+    recipe: str = ""  # its name in result rows; the tool sets the file's
+    init: str = ""  # the initialisation's name in tables; "": the method
+    method: str = "ce"  # ce, ctc, or random: only the initialisation is saved, as epoch 0
+    arch: str = "resnet50"  # a name of models.factory: resnet50, timm/NAME or FILE.py:FUNCTION
+    zero_init_residual: bool = False  # every residual branch starts at zero (arXiv 1706.02677, 5.1)
+    # in our ResNets; timm's networks and a user's keep their own initialisation
+    drop_path_rate: float = 0.0  # stochastic depth of timm's networks (arXiv 1603.09382)
+    seed: int = 1  # of weights, order, augmentation, negatives
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    ce: CEConfig = dataclasses.field(default_factory=CEConfig)  # read when method is ce
+    ctc: CTCConfig = dataclasses.field(default_factory=CTCConfig)  # read when method is ctc
+    loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
+
+
+def check_read(config: PretrainConfig) -> None:
+    """Raise InputError if a key is set that nothing reads."""
+    recipe, default = to_dict(config), to_dict(PretrainConfig())
+    for group in {"ce", "ctc"} - {config.method} if config.method != "random" else ():
+        for key in changed_keys({group: recipe[group]}, {group: default[group]}):
+            raise InputError(f"{key} is set, but method {config.method} does not read it")
+
+
+def recipe_of(config: PretrainConfig) -> dict[str, Any]:
+    """Return the part of a config that its method reads, the data set's own values filled in."""
+    unread = {"ce", "ctc"} - {config.method}
+    content = to_dict(config) | {"data": to_dict(resolved(config.data))}
+    return {key: value for key, value in content.items() if key not in unread}
+
+
+def changed_from_shipped(config: PretrainConfig) -> dict[str, Any]:
+    """Return the keys that differ from this suite's recipe of that name, none if there is none."""
+    path = shipped_config(config.recipe, "pretrain")
+    if path is None:
+        return {}
+    shipped = load_config(PretrainConfig, path)
+    data = dataclasses.replace(shipped.data, name=config.data.name)  # which rows name
+    return changed_keys(recipe_of(config), recipe_of(dataclasses.replace(shipped, data=data)))
+
+
+def identifying(config: PretrainConfig) -> dict[str, Any]:
+    """Return by key all that the weights depend on, beside the data."""
+    own = {"version": config.version, "seed": config.seed}
+    return effective(recipe_of(config)) | own

@@ -12,68 +12,43 @@ import torch
 from torch import Tensor
 
 from core import dist
-from core.config import load_config, save_config, shipped_config, to_dict
+from core.config import save_config, to_dict
 from core.errors import InputError
-from core.files import check_folder, check_not_locked, is_empty, sweep
-from core.identity import (
-    changed_keys,
-    check_version,
-    data_digest,
-    effective,
-    protocol_name,
-    recipe_hash,
-)
-from core.results import (
-    ROWS_FILE,
-    ResultRow,
-    append_rows,
-    code_version,
-    read_rows,
-    sha256_of,
-)
+from core.identity import check_version, data_digest, protocol_name, recipe_hash
+from core.results import ROWS_FILE, ResultRow, append_rows, code_version, sha256_of
 from data.datasets import (
-    DataConfig,
     IndexedDataset,
     evaluation_loader,
     normalise,
     open_dataset,
     places_of,
     report_split,
-    resolved,
     to_device,
 )
 from models import amp, checkpoint, factory
 from models.base import Network
+from pretrain.folder import (
+    CONFIG,
+    begin,
+    check_resumable,
+    checkpoint_path,
+    is_recorded,
+    prepare_folder,
+)
 from pretrain.objectives import CTC, CrossEntropy
-from pretrain.recipe import CEConfig, CTCConfig
-from training import loop, resume
-from training.loop import Hooks, LoopConfig, Objective
+from pretrain.recipe import (
+    PretrainConfig,
+    changed_from_shipped,
+    check_read,
+    identifying,
+    recipe_of,
+)
+from training import loop
+from training.loop import Hooks, Objective
 from training.resume import Position
-from training.schedule import changed_past
 
 METHODS = ("random", "ce", "ctc")
 LARGEST_SEED = (1 << 32) - 1
-CONFIG, CHECKPOINTS = "config.yaml", "checkpoints"  # in a run folder
-STAGE_KEYS = {"ce": "ce.stage", "ctc1": "ctc.stage1", "ctc2": "ctc.stage2"}  # by stage
-
-
-@dataclasses.dataclass(frozen=True)
-class PretrainConfig:
-    """A pretraining recipe."""
-
-    version: int = 1  # of the recipe: raised when what it computes changes
-    recipe: str = ""  # its name in result rows; the tool sets the file's
-    init: str = ""  # the initialisation's name in tables; "": the method
-    method: str = "ce"  # ce, ctc, or random: only the initialisation is saved, as epoch 0
-    arch: str = "resnet50"  # a name of models.factory: resnet50, timm/NAME or FILE.py:FUNCTION
-    zero_init_residual: bool = False  # every residual branch starts at zero (arXiv 1706.02677, 5.1)
-    # in our ResNets; timm's networks and a user's keep their own initialisation
-    drop_path_rate: float = 0.0  # stochastic depth of timm's networks (arXiv 1603.09382)
-    seed: int = 1  # of weights, order, augmentation, negatives
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    ce: CEConfig = dataclasses.field(default_factory=CEConfig)  # read when method is ce
-    ctc: CTCConfig = dataclasses.field(default_factory=CTCConfig)  # read when method is ctc
-    loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
 
 
 @dist.naming_lost_ranks()
@@ -172,14 +147,6 @@ def make_ready(config: PretrainConfig) -> tuple[IndexedDataset, IndexedDataset, 
     return dataset, held_out, build_objective(config, dataset)
 
 
-def check_read(config: PretrainConfig) -> None:
-    """Raise InputError if a key is set that nothing reads."""
-    recipe, default = to_dict(config), to_dict(PretrainConfig())
-    for group in {"ce", "ctc"} - {config.method} if config.method != "random" else ():
-        for key in changed_keys({group: recipe[group]}, {group: default[group]}):
-            raise InputError(f"{key} is set, but method {config.method} does not read it")
-
-
 def build_objective(config: PretrainConfig, dataset: IndexedDataset) -> Objective:
     """Return the method's objective around a fresh network."""
     if dataset.labels.dim() != 1:
@@ -227,106 +194,6 @@ def prepared(
     for batch in loader:
         images, labels, index = to_device(device, *batch)
         yield normalise(images, dataset.mean, dataset.std), labels, index
-
-
-def prepare_folder(folder: Path, config: PretrainConfig, resume_run: bool) -> bool:
-    """Check that a fresh run starts in an empty folder and a resumed one in its own.
-
-    Returns whether there is a state to go on from. A run that was killed before its first one has
-    only a config, and perhaps its initialisation: resumed, it starts at the beginning.
-
-    Raises:
-        InputError: the folder is in use, not empty, or of another recipe.
-    """
-    check_folder(folder)
-    check_not_locked(folder)  # now, not after the data are listed
-    if resume_run and (folder / CONFIG).exists() and not resume.is_there(folder):
-        begun = load_config(PretrainConfig, folder / CONFIG)
-        resume.check_recipe(folder, identifying(begun), identifying(config))
-        return False
-    if resume_run:
-        state = resume.load(folder)[1]
-        position = Position(**state["position"])
-        check_resumable(folder, config, state["recipe"], position)
-    else:
-        check_empty(folder)
-    return resume_run
-
-
-def check_empty(folder: Path) -> None:
-    """Raise InputError unless a fresh run can start in a folder."""
-    if not is_empty(folder):
-        raise InputError(f"{folder} is not empty: go on with --resume, or choose another --output")
-
-
-def begin(folder: Path, config: PretrainConfig, resume_run: bool, has_state: bool) -> None:
-    """Remove half-written files from a locked folder; save the config of a run without state."""
-    if not resume_run:
-        check_empty(folder)  # again: another run may have begun while the data were listed
-    for place in (folder, folder / CHECKPOINTS):
-        sweep(place)
-    if not has_state:
-        save_config(config, folder / CONFIG)
-
-
-def is_recorded(folder: Path, epoch: int) -> bool:
-    """Whether the run's result row is written: a kill may come between the last state and it."""
-    rows = folder / ROWS_FILE
-    return rows.exists() and any(
-        (row.step, row.epoch) == ("pretrain", epoch) for row in read_rows(rows)
-    )
-
-
-def recipe_of(config: PretrainConfig) -> dict[str, Any]:
-    """Return the part of a config that its method reads, the data set's own values filled in."""
-    unread = {"ce", "ctc"} - {config.method}
-    content = to_dict(config) | {"data": to_dict(resolved(config.data))}
-    return {key: value for key, value in content.items() if key not in unread}
-
-
-def changed_from_shipped(config: PretrainConfig) -> dict[str, Any]:
-    """Return the keys that differ from this suite's recipe of that name, none if there is none."""
-    path = shipped_config(config.recipe, "pretrain")
-    if path is None:
-        return {}
-    shipped = load_config(PretrainConfig, path)
-    data = dataclasses.replace(shipped.data, name=config.data.name)  # which rows name
-    return changed_keys(recipe_of(config), recipe_of(dataclasses.replace(shipped, data=data)))
-
-
-def identifying(config: PretrainConfig) -> dict[str, Any]:
-    """Return by key all that the weights depend on, beside the data."""
-    own = {"version": config.version, "seed": config.seed}
-    return effective(recipe_of(config)) | own
-
-
-def check_resumable(
-    folder: Path,
-    config: PretrainConfig,
-    begun: Mapping[str, Any],
-    position: Position,
-    data: str = "",
-) -> None:
-    """Raise InputError unless a run can go on under a config: the same one, or with other epochs.
-
-    Args:
-        begun: the recipe of the run's state, by key.
-        data: digest of the training images and labels; "": not known yet.
-    """
-    now = identifying(config) | {"data": data or begun["data"]}
-    epochs = {stage: f"{key}.epochs" for stage, key in STAGE_KEYS.items()}
-    kept = {key: begun[key] for key in epochs.values() if key in begun}
-    resume.check_recipe(folder, begun, now | kept)
-    stages = config.ctc.stages() if config.method == "ctc" else config.ce.stages()
-    before = [dataclasses.replace(s, epochs=kept.get(epochs[s.name], s.epochs)) for s in stages]
-    reason = changed_past(before, stages, position.stage, position.epoch, position.step)
-    if reason:
-        raise InputError(f"{folder} cannot go on with other epochs: {reason}")
-
-
-def checkpoint_path(folder: Path, epoch: int) -> Path:
-    """Return where the weights of an epoch lie."""
-    return folder / CHECKPOINTS / f"epoch_{epoch:04d}.pth"
 
 
 def facts_of(config: PretrainConfig, dataset: IndexedDataset, epoch: int) -> checkpoint.Facts:

@@ -14,7 +14,8 @@ from core.results import sha256_of
 from data.datasets import DataConfig, open_dataset
 from models.checkpoint import load_checkpoint
 from models.features import InputSpec, extract
-from pretrain.run import PretrainConfig, pretrain
+from pretrain.recipe import PretrainConfig
+from pretrain.run import pretrain
 from tests.faults import COMMON, STAGES
 from training.loop import LoopConfig, Stopped, Trainer
 from transfer.backbone import from_checkpoint

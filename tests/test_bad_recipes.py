@@ -6,8 +6,8 @@ import pytest
 
 from core.config import InputError, load_config, save_config, schema_keys
 from pretrain.plan import plan
-from pretrain.recipe import CTCConfig, StageConfig
-from pretrain.run import PretrainConfig, pretrain
+from pretrain.recipe import CTCConfig, PretrainConfig, StageConfig
+from pretrain.run import pretrain
 from tests.faults import COMMON, STAGES
 
 NEGATIVE, NO_NUMBER = ["-1", ".nan", ".inf", "x", "null"], [".nan", "x"]
@@ -87,7 +87,7 @@ BAD: dict[str, list[str]] = {
     "method": ["cte"],
     "arch": ["resnet51"],
     "zero_init_residual": SWITCH,
-    "drop_path_rate": ["much"],
+    "drop_path_rate": ["1", "0.1", *NEGATIVE],  # 0.1: not of our ResNets
     **{group: ["5", "null"] for group in ("ctc", "ctc.stage1", "loop", "data")},
 }
 

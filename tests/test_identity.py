@@ -15,7 +15,8 @@ from core.results import ResultRow, latest
 from data.catalogue import look_up
 from data.datasets import DataConfig, open_dataset
 from data.pack import PackConfig, pack
-from pretrain.run import PretrainConfig, changed_from_shipped, recipe_of
+from pretrain.recipe import PretrainConfig
+from pretrain.run import changed_from_shipped, recipe_of
 
 ROW = ResultRow(
     step="transfer", protocol="linear", dataset="cub200", split="test", metric="top1", value=1.0,

@@ -16,7 +16,8 @@ from core.identity import announced
 from core.results import ResultRow, append_rows, read_rows
 from models import checkpoint
 from pretrain.plan import disk, plan, trained_seconds
-from pretrain.run import PretrainConfig, is_recorded, make_ready, pretrain
+from pretrain.recipe import PretrainConfig
+from pretrain.run import is_recorded, make_ready, pretrain
 from tests.faults import COMMON, STAGES
 
 

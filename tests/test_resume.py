@@ -13,7 +13,8 @@ from core.config import load_config
 from core.errors import InputError
 from core.results import read_rows
 from models.checkpoint import load_checkpoint, load_plain
-from pretrain.run import PretrainConfig, pretrain
+from pretrain.recipe import PretrainConfig
+from pretrain.run import pretrain
 from tests.faults import COMMON, STAGES
 from training import resume
 from training.resume import Position

@@ -13,8 +13,7 @@ from core.config import CONFIG_DIR, load_config
 from pretrain.memory import DTYPES
 from pretrain.negatives import Drawer
 from pretrain.objectives import InstanceTerm, PreservationTerm
-from pretrain.recipe import CTCConfig
-from pretrain.run import PretrainConfig
+from pretrain.recipe import CTCConfig, PretrainConfig
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -24,7 +24,8 @@ from data.pack import PackConfig, pack
 from data.readers import shards
 from data.sampler import EpochSampler
 from models import checkpoint, features
-from pretrain.run import PretrainConfig, pretrain
+from pretrain.recipe import PretrainConfig
+from pretrain.run import pretrain
 from tests import dataset_layouts
 from tests.faults import TINY
 from transfer.data import joined, subset

@@ -17,7 +17,8 @@ from core.config import load_config
 from core.errors import STOPPED_STATUS
 from core.results import read_rows
 from models.checkpoint import load_plain
-from pretrain.run import PretrainConfig, pretrain
+from pretrain.recipe import PretrainConfig
+from pretrain.run import pretrain
 from tests.detection_tiny import CONFIG, SMALL, write_backbone, write_pair
 from tests.faults import COMMON, STAGES
 from tests.test_signals import ROOT, wait_until

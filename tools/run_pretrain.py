@@ -16,7 +16,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pretrain.run import PretrainConfig
+    from pretrain.recipe import PretrainConfig
 
 
 def parse() -> argparse.Namespace:
@@ -36,7 +36,7 @@ def parse() -> argparse.Namespace:
 def read_config(arguments: argparse.Namespace) -> "PretrainConfig":
     """Return the recipe; a resumed run has its own, unless --config names one."""
     from core.config import InputError, find_config, load_config
-    from pretrain.run import PretrainConfig
+    from pretrain.recipe import PretrainConfig
 
     default = "ce" if arguments.method == "random" else arguments.method
     recipe = find_config(arguments.config or f"pretrain/{default}_shapes.yaml")
