@@ -26,7 +26,8 @@ from core import dist, launch
 from core.config import ROOT
 from core.errors import InputError
 from core.files import check_not_locked, locked
-from core.results import ROWS_FILE, ResultRow, append_rows, read_rows
+from core.identity import done
+from core.results import ROWS_FILE, append_rows, read_rows
 from detection.checkpointer import Checkpointer, SaveHook, StopOnSignal, bare, restore
 from detection.data import register
 from detection.evaluation import evaluate_model
@@ -241,12 +242,10 @@ def _record(job: Job, evaluations: list[Evaluation], figures: dict[str, Any]) ->
 
 
 def _has_rows(job: Job) -> bool:
+    """Whether the run's folder holds rows of what the job measures."""
     path = job.folder / ROWS_FILE
-    return path.is_file() and any(_is_of(job, row) for row in read_rows(path))
-
-
-def _is_of(job: Job, row: ResultRow) -> bool:
-    return all(getattr(row, key) == job.identity[key] for key in ("protocol", "init", "seed"))
+    rows = read_rows(path) if path.is_file() else []
+    return any(done([row], [dataclasses.replace(row, **job.identity)]) for row in rows)
 
 
 def _log_setting(job: Job) -> None:

@@ -187,7 +187,21 @@ def test_a_finished_run_resumed_does_nothing_and_says_so(
     assert len(read_rows(finished / "results.jsonl")) == rows
 
 
-def test_a_trained_detector_is_judged_alone_under_its_own_name(
+def test_rows_of_other_data_do_not_finish_a_run(data: Path, finished: Path, tmp_path: Path) -> None:
+    """As where somebody has copied the rows of another run into its folder."""
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    own = read_rows(copy / "results.jsonl")
+    text = (copy / "results.jsonl").read_text()
+    (copy / "results.jsonl").write_text(text.replace(own[0].data, "0" * 12 + "/" + "1" * 12))
+    assert run(request(data, copy, seed=7, resume=True)) == 0
+    again = read_rows(copy / "results.jsonl")[len(own) :]
+    assert [(row.data, row.metric, row.value) for row in again] == [
+        (row.data, row.metric, row.value) for row in own
+    ]
+
+
+def test_a_trained_detector_is_evaluated_alone_under_its_own_name(
     data: Path, finished: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "judged"
@@ -200,7 +214,7 @@ def test_a_trained_detector_is_judged_alone_under_its_own_name(
     }
 
 
-def test_a_detector_of_the_zoo_is_judged_out_of_its_pickle(
+def test_a_detector_of_the_zoo_is_evaluated_from_its_pickle(
     data: Path, finished: Path, tmp_path: Path
 ) -> None:
     arrays = {name: value.numpy() for name, value in _model(finished).items()}
